@@ -1,0 +1,489 @@
+"""The configuration: what the user asked, checked and with every default resolved.
+
+:class:`QuantizationConfig` is the whole YAML file. Each section is a pydantic model that rejects
+unknown keys; :func:`load_config` turns what pydantic finds into one line per mistake, with the
+file, the line and the nearest known key.
+"""
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from ptq.core import Granularity
+from ptq.errors import ConfigError
+from ptq.formats import FORMATS, IntFormat
+
+DTypeName = Literal["float32", "float16", "bfloat16"]
+
+PRESETS = (
+    "w8a16",
+    "w8a8",
+    "w8a8-static",
+    "w8a16-g64",
+    "w4a16-g32",
+    "w4a16-g64",
+    "w4a16-g128",
+    "w4a16-g64-asym",
+    "w4a16-g128-asym",
+    "w4a16",
+    "w4a8-g64",
+    "w4a8-g64-asym",
+    "w4a8-g128",
+    "w3a16-g64-asym",
+    "w2a16-g32-asym",
+)
+"""Named schemes that are shown in help and errors; any name of the same grammar is accepted."""
+
+_PRESET = re.compile(
+    r"w(?P<bits>[2-8])a(?P<abits>16|8)(-g(?P<group>\d+)|(?P<tensor>-tensor))?"
+    r"(?P<asym>-asym)?(?P<static>-static)?"
+)
+
+
+class Section(BaseModel):
+    """Base of every part of the configuration: immutable, unknown keys rejected."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightScheme(Section):
+    """How a weight [N, K] is stored."""
+
+    format: Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8"] = Field(
+        "int8", description="number format of the codes"
+    )
+    symmetric: bool = Field(True, description="zero point fixed at zero")
+    granularity: Literal["tensor", "channel", "group"] = Field(
+        "channel", description="which weights share one scale"
+    )
+    group_size: Annotated[int, Field(ge=8)] | None = Field(
+        None, description="weights along the input that share one scale (granularity: group)"
+    )
+    scale_dtype: DTypeName = Field(
+        "float32", description="dtype of the stored scales (default: float16 for groups)"
+    )
+    signed_scale: bool = Field(
+        False,
+        description="scales may be negative, which gives the larger end of a range the extra code "
+        "-2^(b-1) (default: true for symmetric formats below 8 bits)",
+    )
+    power_of_two_scale: bool = Field(False, description="scales rounded up to powers of two")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            data = dict(data)
+            if data.get("group_size") is not None:
+                data.setdefault("granularity", "group")
+            if data.get("granularity") == "group":
+                data.setdefault("scale_dtype", "float16")
+            if data.get("symmetric", True) is True and data.get("format", "int8") != "int8":
+                data.setdefault("signed_scale", True)
+        return data
+
+    @model_validator(mode="after")
+    def _group_size_goes_with_group(self) -> Self:
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError(
+                "granularity 'group' needs a group_size (for example 64), "
+                "and a group_size needs granularity 'group'"
+            )
+        if self.signed_scale and not self.symmetric:
+            raise ValueError("signed_scale needs symmetric: true")
+        return self
+
+    @property
+    def int_format(self) -> IntFormat:
+        return FORMATS[self.format]
+
+    @property
+    def granularity_value(self) -> Granularity:
+        return Granularity(self.granularity, self.group_size)
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        return torch_dtype(self.scale_dtype)
+
+
+class ActivationScheme(Section):
+    """How the input of a layer is quantized: int8, per token as it arrives or per tensor."""
+
+    format: Literal["int8"] = Field("int8", description="number format of the codes")
+    mode: Literal["dynamic", "static"] = Field(
+        "dynamic",
+        description="dynamic: one scale per token, from the token itself; "
+        "static: one scale per tensor, from calibration",
+    )
+    symmetric: bool = Field(True, description="zero point fixed at zero")
+
+
+class Scheme(Section):
+    """What happens to one layer: its weights and, optionally, its activations."""
+
+    weights: WeightScheme = Field(default_factory=lambda: WeightScheme.model_validate({}))
+    activations: ActivationScheme | None = Field(None, description="null: left in float")
+
+    def __str__(self) -> str:
+        w, a = self.weights, self.activations
+        kind = {"channel": "", "tensor": "-tensor", "group": f"-g{w.group_size}"}[w.granularity]
+        text = f"w{w.int_format.bits}a{16 if a is None else 8}{kind}"
+        text += "" if w.symmetric else "-asym"
+        if a is not None:
+            text += ("-static" if a.mode == "static" else "") + ("" if a.symmetric else "-aasym")
+        return text
+
+
+def preset(name: str) -> Scheme:
+    """The scheme that a name such as ``w8a8``, ``w4a16-g64-asym`` or ``w8a8-static`` stands for.
+
+    Raises:
+        ValueError: the name does not follow the grammar ``wBaB[-gN|-tensor][-asym][-static]``.
+    """
+    match = _PRESET.fullmatch(name)
+    if match is None:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown scheme {name!r}: {hint}known presets: {', '.join(PRESETS)}")
+    if match["static"] and match["abits"] != "8":
+        raise ValueError(f"scheme {name!r}: 'static' needs 8-bit activations, as in w8a8-static")
+    weights: dict[str, Any] = {"format": f"int{match['bits']}", "symmetric": not match["asym"]}
+    if match["group"]:
+        weights["group_size"] = int(match["group"])
+    elif match["tensor"]:
+        weights["granularity"] = "tensor"
+    activations = None
+    if match["abits"] == "8":
+        activations = {"mode": "static" if match["static"] else "dynamic"}
+    return Scheme.model_validate({"weights": weights, "activations": activations})
+
+
+def _scheme_from_name(value: Any) -> Any:
+    return preset(value) if isinstance(value, str) else value
+
+
+def _scheme_or_float(value: Any) -> Any:
+    return None if value == "float" else _scheme_from_name(value)
+
+
+SchemeField = Annotated[Scheme, BeforeValidator(_scheme_from_name)]
+
+
+class Rule(Section):
+    """Layers, by name, and the scheme that they get. Later rules win."""
+
+    layers: str = Field(description="glob over layer names, or 're:' and a regular expression")
+    scheme: Annotated[Scheme | None, BeforeValidator(_scheme_or_float)] = Field(
+        description="a preset, a full scheme, or 'float'"
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _regex_compiles(cls, value: str) -> str:
+        if value.startswith("re:"):
+            try:
+                re.compile(value[3:])
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {value[3:]!r} ({error})") from error
+        return value
+
+
+class Plugin(Section):
+    """A named plugin and its options; the plugin's own file checks the options."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def _plugin_from_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class ModelConfig(Section):
+    """Where the float model comes from and how it is held."""
+
+    id: str = Field(description="hub id, local directory, .gguf file, or package:NAME/FILE")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    dtype: DTypeName | Literal["auto"] = Field("auto", description="auto: as stored")
+    device: str = Field("cpu", description="cpu, cuda, cuda:1, ... or auto")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+
+def _model_from_id(value: Any) -> Any:
+    return {"id": value} if isinstance(value, str) else value
+
+
+class CalibrationConfig(Section):
+    """The text that observers see."""
+
+    data: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(
+        min_length=1, description=".txt, .jsonl, .parquet, a directory or a datasets id"
+    )
+    subset: str | None = Field(None, description="configuration name of a datasets id")
+    split: str = Field("train", description="split of a datasets id")
+    column: str | None = Field(None, description="text or messages column (default: found)")
+    samples: Annotated[int, Field(ge=1)] = Field(64, description="sequences used")
+    sequence_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens a sequence")
+    batch_size: Annotated[int, Field(ge=1)] = Field(8, description="sequences at a time")
+    seed: int = Field(0, description="seed of the choice of sequences")
+    observer: Annotated[Plugin, BeforeValidator(_plugin_from_name)] = Field(
+        default_factory=lambda: Plugin(name="minmax"),
+        description="minmax, moving_average or percentile",
+    )
+
+
+class EvaluationConfig(Section):
+    """Float against quantized on held-out text."""
+
+    data: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(
+        min_length=1, description="as calibration.data; never the same text"
+    )
+    subset: str | None = None
+    split: str = "test"
+    column: str | None = None
+    windows: Annotated[int, Field(ge=1)] = Field(16, description="windows scored at most")
+    context: Annotated[int, Field(ge=2)] = Field(512, description="tokens a window")
+
+
+class GenerationConfig(Section):
+    """A sample of text before and after, decoded greedily."""
+
+    prompt: str = "The capital of France is"
+    max_new_tokens: Annotated[int, Field(ge=1)] = 32
+    chat: bool = Field(False, description="wrap the prompt in the tokenizer's chat template")
+
+
+class OutputConfig(Section):
+    """Where the checkpoint goes."""
+
+    dir: str = Field(description="directory to create")
+    dtype: DTypeName | Literal["auto"] = Field(
+        "auto", description="dtype of what stays float (auto: the model's)"
+    )
+    shard_size_mb: Annotated[int, Field(ge=1)] = Field(5000, description="largest shard, in MB")
+    overwrite: bool = Field(False, description="replace an existing ptq checkpoint")
+
+
+def _output_from_dir(value: Any) -> Any:
+    return {"dir": value} if isinstance(value, str) else value
+
+
+class QuantizationConfig(Section):
+    """Everything that a run needs. ``scheme`` alone is enough for :func:`ptq.quantize`."""
+
+    scheme: SchemeField = Field(description="a preset such as w8a8 or w4a16-g64, or a mapping")
+    model: Annotated[ModelConfig | None, BeforeValidator(_model_from_id)] = None
+    rules: list[Rule] = Field(default_factory=list, description="per layer; later rules win")
+    tied_embeddings: Literal["keep", "untie"] = Field(
+        "keep",
+        description="keep: an output head tied to the embedding stays tied and float; "
+        "untie: rules may quantize it, the embedding stays float",
+    )
+    calibration: CalibrationConfig | None = None
+    evaluation: EvaluationConfig | None = None
+    generation: GenerationConfig | None = None
+    output: Annotated[OutputConfig | None, BeforeValidator(_output_from_dir)] = None
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """``"bfloat16"`` to ``torch.bfloat16``."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def as_config(value: "str | dict[str, Any] | Scheme | QuantizationConfig") -> QuantizationConfig:
+    """A configuration from a preset's name, a mapping, a scheme or a configuration.
+
+    Raises:
+        ConfigError: with one line per mistake.
+    """
+    if isinstance(value, QuantizationConfig):
+        return value
+    raw = value if isinstance(value, dict) else {"scheme": value}
+    return _validate(raw, "configuration", None)
+
+
+def load_config(
+    path: str | Path, overrides: "list[str] | tuple[str, ...]" = ()
+) -> QuantizationConfig:
+    """Read a YAML file and apply ``key.subkey=value`` overrides (values are YAML).
+
+    Raises:
+        ConfigError: the file is missing or is not YAML, a key is unknown, a value has the wrong
+            type; the message has the file and the line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"no config file at {path}; ready ones are in configs/") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a directory, not a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds {type(raw).__name__}, not keys and values")
+    if node is not None:
+        _refuse_duplicates(node, path)
+    for override in overrides:
+        _apply_override(raw, override)
+    return _validate(raw, str(path), node)
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
+
+
+def _refuse_duplicates(node: yaml.Node, path: Path) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            _refuse_duplicates(child, path)
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, child in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise ConfigError(f"{path}, line {line}: key {key.value!r} is given twice")
+            seen.add(key.value)
+            _refuse_duplicates(child, path)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: expected key=value, as in --set scheme=w8a16")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: value is not YAML: {_one_line(error)}") from None
+    *parents, last = key.split(".")
+    target: Any = raw
+    for depth, name in enumerate(parents):
+        where = ".".join(parents[: depth + 1])
+        target = _descend(target, name, where, override)
+    if isinstance(target, list):
+        target[_index(target, last, key, override)] = value
+    else:
+        target[last] = value
+
+
+def _descend(target: Any, name: str, where: str, override: str) -> Any:
+    """The container below ``target`` called ``name``; a shorthand string becomes its mapping."""
+    shorthand = {"model": "id", "output": "dir"}
+    if isinstance(target, list):
+        return target[_index(target, name, where, override)]
+    child = target.get(name)
+    if child is None:
+        child = target[name] = {}
+    elif isinstance(child, str) and where in shorthand:
+        child = target[name] = {shorthand[where]: child}
+    elif not isinstance(child, dict | list):
+        raise ConfigError(f"--set {override!r}: {where} is {child!r}, it has no keys below it")
+    return child
+
+
+def _index(target: list[Any], name: str, where: str, override: str) -> int:
+    if not name.isdigit() or int(name) >= len(target):
+        raise ConfigError(
+            f"--set {override!r}: {where}: expected an index from 0 to {len(target) - 1}"
+        )
+    return int(name)
+
+
+def _validate(raw: dict[str, Any], source: str, node: yaml.Node | None) -> QuantizationConfig:
+    try:
+        return QuantizationConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(detail, source, node) for detail in error.errors()]
+        raise ConfigError("; ".join(dict.fromkeys(lines))) from None
+
+
+def _explain(detail: Any, source: str, node: yaml.Node | None) -> str:
+    loc = tuple(part for part in detail["loc"] if not _is_type_name(part))
+    line = _line_of(node, loc)
+    where = f"{source}, line {line}" if line else source
+    key = ".".join(str(part) for part in loc)
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(QuantizationConfig, loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key {key!r}; {hint}"
+    if detail["type"] == "missing":
+        return f"{where}: key {key!r} is required"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if "unknown scheme" in message or "scheme '" in message:
+        return f"{where}: {key}: {message}"
+    return f"{where}: {key}: {message}, got {detail['input']!r}"
+
+
+def _is_type_name(part: Any) -> bool:
+    """pydantic puts the branch of a union, such as 'Scheme', into the location."""
+    return isinstance(part, str) and (
+        part[:1].isupper() or "[" in part or part == "constrained-int"
+    )
+
+
+def _line_of(node: yaml.Node | None, loc: tuple[Any, ...]) -> int | None:
+    """The line, from one, of the deepest part of ``loc`` that the file holds."""
+    line: int | None = None
+    for part in loc:
+        if isinstance(node, yaml.MappingNode):
+            match = next(((k, v) for k, v in node.value if k.value == part), None)
+            if match is None:
+                return line
+            line, node = match[0].start_mark.line + 1, match[1]
+        elif (
+            isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value)
+        ):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+def _known_keys(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    """The keys of the section at ``loc``."""
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        inner = _section_in(model.model_fields[part].annotation)
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType, Annotated):
+        for arg in typing.get_args(annotation):
+            found = _section_in(arg)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,29 @@
+"""Kernels: one file an op, tried in the order of this list; the reference serves everything."""
+
+from ptq.kernels.activations import Activation, quantize_activation
+from ptq.kernels.cpu_int4 import Int4Pack
+from ptq.kernels.cpu_int8 import Int8Pack, IntMM
+from ptq.kernels.cuda import CudaInt4, CudaInt8Pack, CudaIntMM
+from ptq.kernels.dequantize import DequantizeBlocks
+from ptq.kernels.reference import Reference
+from ptq.kernels.select import KERNELS, RowRange, row_ranges, select
+from ptq.kernels.spec import Kernel, LinearSpec
+
+__all__ = [
+    "KERNELS",
+    "Activation",
+    "CudaInt4",
+    "CudaInt8Pack",
+    "CudaIntMM",
+    "DequantizeBlocks",
+    "Int4Pack",
+    "Int8Pack",
+    "IntMM",
+    "Kernel",
+    "LinearSpec",
+    "Reference",
+    "RowRange",
+    "quantize_activation",
+    "row_ranges",
+    "select",
+]

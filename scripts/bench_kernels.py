@@ -1,0 +1,138 @@
+#!/usr/bin/env python
+"""Time quantized linear layers against float ones: whole forward, cold weights, alternating.
+
+Each layer exists in enough copies to exceed the last-level cache, and every call takes the next
+copy, because a layer of a real model finds its weights in memory, not in cache. The candidates
+take turns within one process, so a machine that slows down slows all of them. A ratio above 1
+means faster than float; the spread is the 10th to 90th percentile of the ratios of the turns.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor, nn
+
+from ptq.algorithms import round_to_nearest
+from ptq.config import Scheme, preset
+from ptq.modules import QuantLinear
+from ptq.report import environment
+
+SHAPES = ("576x576", "1536x576", "576x1536", "2048x2048", "8192x2048", "4096x4096")
+SCHEMES = ("w8a8", "w8a16", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64")
+ROWS = (1, 4, 8, 16, 32, 128, 512)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK")
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS, metavar="M")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
+                        help="of the activations")  # fmt: skip
+    parser.add_argument("--cache-mb", type=int, default=64, help="bytes that copies must exceed")
+    parser.add_argument("--seconds", type=float, default=0.6, help="time for one cell")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    return parser.parse_args()
+
+
+def float_layers(n: int, k: int, dtype: torch.dtype, copies: int) -> list[nn.Module]:
+    weight = torch.randn(n, k) / k**0.5
+    layers = []
+    for _ in range(copies):
+        layer = nn.Linear(k, n, bias=False, dtype=dtype)
+        layer.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
+        layers.append(layer)
+    return layers
+
+
+def quantized_layers(n: int, k: int, scheme: Scheme, copies: int) -> list[nn.Module]:
+    weight = torch.randn(n, k) / k**0.5
+    return [QuantLinear(round_to_nearest(weight, scheme.weights), scheme) for _ in range(copies)]
+
+
+def once(layers: "cycle[nn.Module]", x: Tensor) -> float:
+    layer = next(layers)
+    start = time.perf_counter()
+    layer(x)
+    return time.perf_counter() - start
+
+
+def race(candidates: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
+    """Times of each candidate, taken in turns."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, run in candidates.items():
+            times[name].append(run())
+    return times
+
+
+def measure(n: int, k: int, m: int, options: argparse.Namespace) -> list[dict[str, object]]:
+    copies = max(2, options.cache_mb * 1_000_000 // (n * k) + 1)
+    dtype = getattr(torch, options.dtype)
+    pools: dict[str, tuple[list[nn.Module], Tensor]] = {}
+    x = torch.randn(m, k)
+    for name in ("bfloat16", "float32"):
+        float_dtype = getattr(torch, name)
+        pools[name] = float_layers(n, k, float_dtype, copies), x.to(float_dtype)
+    for name in options.schemes:
+        pools[name] = quantized_layers(n, k, preset(name), copies), x.to(dtype)
+    for layers, value in pools.values():
+        for layer in layers:
+            layer(value)
+    candidates = {
+        name: (lambda turn=cycle(layers), value=value: once(turn, value))
+        for name, (layers, value) in pools.items()
+    }
+    times = race(candidates, options.seconds)
+    rows = []
+    for name in options.schemes:
+        layer = pools[name][0][0]
+        assert isinstance(layer, QuantLinear)
+        kernel = layer._bind(x.to(dtype))[0].name
+        row: dict[str, object] = {"n": n, "k": k, "m": m, "scheme": name, "kernel": kernel,
+                                  "milliseconds": 1e3 * median(times[name])}  # fmt: skip
+        for base in ("bfloat16", "float32"):
+            ratios = [b / t for b, t in zip(times[base], times[name], strict=True)]
+            deciles = quantiles(ratios, n=10)
+            row[f"speed_over_{base}"] = median(ratios)
+            row[f"spread_over_{base}"] = [deciles[0], deciles[-1]]
+        rows.append(row)
+    return rows
+
+
+def show(row: dict[str, object]) -> str:
+    low, high = row["spread_over_bfloat16"]  # type: ignore[misc]
+    return (
+        f"{row['n']}x{row['k']:<6} M={row['m']:<5} {row['scheme']:15} {row['kernel']:12} "
+        f"{row['milliseconds']:9.3f} ms  {row['speed_over_bfloat16']:6.2f}x bfloat16 "
+        f"[{low:.2f}, {high:.2f}]  {row['speed_over_float32']:6.2f}x float32"
+    )
+
+
+@torch.no_grad()
+def main() -> int:
+    options = parse_arguments()
+    rows: list[dict[str, object]] = []
+    for shape in options.shapes:
+        n, k = map(int, shape.split("x"))
+        for m in options.rows:
+            for row in measure(n, k, m, options):
+                rows.append(row)
+                print(show(row), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

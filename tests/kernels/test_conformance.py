@@ -1,0 +1,214 @@
+"""Every kernel equals the reference on every spec that it claims to support."""
+
+import pytest
+import torch
+
+from ptq.algorithms import round_to_nearest, with_static_input
+from ptq.config import ActivationScheme, Scheme
+from ptq.core import QuantizedWeight
+from ptq.errors import UnsupportedError
+from ptq.kernels import (
+    KERNELS,
+    Activation,
+    CudaInt4,
+    CudaInt8Pack,
+    CudaIntMM,
+    Kernel,
+    LinearSpec,
+    Reference,
+    quantize_activation,
+    row_ranges,
+    select,
+)
+from tests.kernels.cuda_stand_in import CudaOps
+
+CPU_KERNELS = [k for k in KERNELS if not k.name.startswith("cuda")]
+CUDA_KERNELS = [CudaIntMM(ops=CudaOps()), CudaInt8Pack(ops=CudaOps()), CudaInt4(ops=CudaOps())]
+ROWS = (1, 2, 7, 16, 17, 33, 130)
+SHAPES = ((48, 128), (33, 256), (17, 48), (5, 40), (64, 24))
+WEIGHTS = (
+    {},
+    {"symmetric": False},
+    {"granularity": "tensor"},
+    {"group_size": 8},
+    {"format": "int4"},
+    {"format": "int4", "symmetric": False},
+    {"format": "int4", "granularity": "tensor"},
+    {"format": "int4", "group_size": 64},
+    {"format": "int4", "group_size": 32, "symmetric": False},
+    {"format": "int4", "group_size": 16, "symmetric": False, "scale_dtype": "bfloat16"},
+    {"format": "int3", "group_size": 64, "symmetric": False},
+    {"format": "int2", "group_size": 8},
+    {"format": "int5"},
+    {"format": "int6", "group_size": 8, "symmetric": False},
+)
+ACTIVATIONS = (
+    None,
+    {"mode": "dynamic"},
+    {"mode": "dynamic", "symmetric": False},
+    {"mode": "static"},
+    {"mode": "static", "symmetric": False},
+)
+
+
+def make_weight(n: int, k: int, scheme: Scheme) -> QuantizedWeight | None:
+    """A quantized random weight, or None where the group size does not divide K."""
+    group = scheme.weights.group_size
+    if group is not None and k % group:
+        return None
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k)) + 0.3
+    quantized = round_to_nearest(weight, scheme.weights)
+    if scheme.activations is not None and scheme.activations.mode == "static":
+        low, high = torch.tensor([-3.0]), torch.tensor([4.0])
+        quantized = with_static_input(quantized, scheme.activations, low, high)
+    return quantized
+
+
+def inputs(m: int, k: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Contiguous, strided and transposed x."""
+    generator = torch.Generator().manual_seed(m)
+    x = torch.randn(m, 2 * k, generator=generator).to(dtype)
+    return [x[:, :k].contiguous(), x[:, ::2], x[:, :k].t().contiguous().t()]
+
+
+def check(kernel: Kernel, spec: LinearSpec, weight: QuantizedWeight, x: torch.Tensor) -> None:
+    activation = quantize_activation(
+        x, spec.activations, weight.input_scale, weight.input_zero_point
+    )
+    exact = Reference().linear(activation, weight, torch.float32)
+    got = kernel.linear(activation, kernel.prepare(weight, spec.dtype), spec.dtype)
+    assert got.dtype == spec.dtype
+    assert got.shape == exact.shape
+    # |x| |W|^T bounds what rounding of single factors can add up to.
+    magnitude = activation.dequantize().abs() @ weight.dequantize().abs().t()
+    float32 = spec.k * torch.finfo(torch.float32).eps
+    bound = (kernel.tolerance(spec) + torch.finfo(spec.dtype).eps + float32) * magnitude
+    assert ((got.float() - exact).abs() <= bound + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activations", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("kernel", [*CPU_KERNELS, *CUDA_KERNELS], ids=lambda k: k.name)
+def test_equals_the_reference_where_it_claims_to(
+    kernel: Kernel, activations: dict | None, dtype: torch.dtype
+) -> None:
+    device = "cuda" if kernel.name.startswith("cuda") else "cpu"
+    for weights in WEIGHTS:
+        scheme = Scheme.model_validate({"weights": weights, "activations": activations})
+        for n, k in SHAPES:
+            weight = make_weight(n, k, scheme)
+            if weight is None:
+                continue
+            for m in ROWS:
+                spec = LinearSpec.of(weight, scheme.activations, device, dtype, m)
+                if kernel.supports(spec) is not None:
+                    continue
+                for x in inputs(m, k, dtype):
+                    check(kernel, spec, weight, x)
+
+
+@pytest.mark.parametrize("kernel", [*CPU_KERNELS, *CUDA_KERNELS], ids=lambda k: k.name)
+def test_every_kernel_supports_something(kernel: Kernel) -> None:
+    """A kernel that refuses everything would pass the conformance test idly."""
+    device = "cuda" if kernel.name.startswith("cuda") else "cpu"
+    found = 0
+    for weights in WEIGHTS:
+        for activations in ACTIVATIONS:
+            scheme = Scheme.model_validate({"weights": weights, "activations": activations})
+            weight = make_weight(48, 128, scheme)
+            if weight is not None:
+                spec = LinearSpec.of(weight, scheme.activations, device, torch.bfloat16, 1)
+                found += kernel.supports(spec) is None
+    assert found >= 1
+
+
+def test_int8pack_refuses_columns_that_crash_the_op() -> None:
+    """The op reads past the end of a row of bfloat16 when K is not a multiple of 16."""
+    scheme = Scheme.model_validate({})
+    weight = make_weight(16, 40, scheme)
+    assert weight is not None
+    spec = LinearSpec.of(weight, None, "cpu", torch.bfloat16, 1)
+    int8pack = next(k for k in KERNELS if k.name == "int8pack")
+    assert "multiple of 16" in str(int8pack.supports(spec))
+
+
+def test_int_mm_is_exact_in_the_extreme() -> None:
+    """All codes at their extremes: the int32 sum must not round or overflow."""
+    scheme = Scheme.model_validate({"activations": {"mode": "static"}})
+    k = 4096
+    weight = round_to_nearest(torch.full((8, k), -1.0), scheme.weights)
+    weight = QuantizedWeight.from_codes(
+        torch.full((8, k), -128, dtype=torch.int8),
+        torch.ones(8, 1),
+        None,
+        weight.format,
+        weight.granularity,
+    )
+    x = Activation(torch.full((1, k), -128, dtype=torch.int8), torch.ones(1, 1))
+    int_mm = next(kernel for kernel in KERNELS if kernel.name == "int_mm")
+    y = int_mm.linear(x, int_mm.prepare(weight, torch.float32), torch.float32)
+    assert (y == 128 * 128 * k).all()
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 200])
+def test_cuda_int_mm_pads_few_rows(m: int) -> None:
+    """The op refuses 16 rows or fewer: decode must still run on it."""
+    scheme = Scheme.model_validate({"activations": {"mode": "dynamic"}})
+    weight = make_weight(16, 32, scheme)
+    assert weight is not None
+    spec = LinearSpec.of(weight, scheme.activations, "cuda", torch.bfloat16, m)
+    kernel = CudaIntMM(ops=CudaOps())
+    assert kernel.supports(spec) is None
+    check(kernel, spec, weight, torch.randn(m, 32).bfloat16())
+
+
+def test_the_choice_depends_on_the_rows() -> None:
+    scheme = Scheme.model_validate({"weights": {"format": "int4", "group_size": 64}})
+    weight = make_weight(64, 128, scheme)
+    assert weight is not None
+    spec = LinearSpec.of(weight, None, "cpu", torch.bfloat16, 1)
+    ranges = row_ranges(spec)
+    assert [r.kernel for r in ranges] == ["int4pack", "dequantize"]
+    assert ranges[0].first == 1
+    assert ranges[1].last is None
+    boundary = ranges[1].first
+    assert ranges[0].last == boundary - 1
+    assert select(spec.with_rows(boundary - 1)).name == "int4pack"
+    assert select(spec.with_rows(boundary)).name == "dequantize"
+    assert any(name == "int4pack" and "slower" in why for name, why in ranges[1].refused)
+
+
+def test_no_kernel_lists_every_reason() -> None:
+    weight = make_weight(33, 40, Scheme.model_validate({"weights": {"format": "int5"}}))
+    assert weight is not None
+    spec = LinearSpec.of(weight, None, "cpu", torch.bfloat16, 1)
+    with pytest.raises(UnsupportedError) as error:
+        select(spec, KERNELS[:3])
+    for kernel in KERNELS[:3]:
+        assert kernel.name in str(error.value)
+    assert "[1, 40] x [33, 40]^T" in str(error.value)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_dynamic_activations_are_within_half_a_step(symmetric: bool) -> None:
+    scheme = ActivationScheme(mode="dynamic", symmetric=symmetric, format="int8")
+    x = torch.randn(50, 64) * torch.logspace(-6, 4, 50).unsqueeze(1) + 0.1
+    x[3] = 0
+    activation = quantize_activation(x, scheme)
+    assert activation.scale is not None
+    error = (activation.dequantize() - x).abs()
+    assert (error <= activation.scale * 0.5 * (1 + 1e-5) + 1e-7 * x.abs()).all()
+
+
+def test_static_activations_saturate() -> None:
+    scheme = ActivationScheme(mode="static", symmetric=True, format="int8")
+    x = torch.tensor([[-10.0, -1.0, 0.0, 0.5, 127 / 128, 10.0]])
+    activation = quantize_activation(x, scheme, torch.tensor(1 / 128))
+    assert activation.dequantize().tolist() == [[-1.0, -1.0, 0.0, 0.5, 127 / 128, 127 / 128]]
+
+
+def test_nan_activations_stay_nan() -> None:
+    scheme = ActivationScheme(mode="dynamic", symmetric=True, format="int8")
+    activation = quantize_activation(torch.tensor([[1.0, float("nan")]]), scheme)
+    assert activation.scale is not None
+    assert activation.scale.isnan().all()
