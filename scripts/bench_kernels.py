@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median, quantiles
@@ -90,8 +91,7 @@ def measure(n: int, k: int, m: int, options: argparse.Namespace) -> list[dict[st
         for layer in layers:
             layer(value)
     candidates = {
-        name: (lambda turn=cycle(layers), value=value: once(turn, value))
-        for name, (layers, value) in pools.items()
+        name: partial(once, cycle(layers), value) for name, (layers, value) in pools.items()
     }
     times = race(candidates, options.seconds)
     rows = []

@@ -1,0 +1,16 @@
+"""Calibration: text to tokens, and what the layers see of them."""
+
+from ptq.calibrate.capture import LayerStatistics, collect
+from ptq.calibrate.sources import Document, load_documents
+from ptq.calibrate.tokens import TokenSet, batches, calibration_tokens, evaluation_windows
+
+__all__ = [
+    "Document",
+    "LayerStatistics",
+    "TokenSet",
+    "batches",
+    "calibration_tokens",
+    "collect",
+    "evaluation_windows",
+    "load_documents",
+]

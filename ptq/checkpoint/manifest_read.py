@@ -1,0 +1,119 @@
+"""Reading a manifest, and refusing what is not one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ptq.checkpoint.manifest import (
+    CONFIG,
+    FORMAT_VERSION,
+    INDEX,
+    MANIFEST,
+    Manifest,
+    canonical_sha256,
+)
+from ptq.checkpoint.paths import inside
+from ptq.errors import CheckpointError
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """The manifest of a checkpoint; its hash, its version and its file names are checked.
+
+    Raises:
+        CheckpointError: the directory holds no ptq checkpoint or one of a newer format, or the
+            manifest is damaged, edited, or names a file outside of the directory.
+    """
+    root = Path(directory)
+    if not (root / MANIFEST).is_file():
+        raise CheckpointError(_what_it_is(root))
+    data = _read_json(inside(root, MANIFEST))
+    version = data.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{root} has checkpoint format {version}, this ptq reads up to {FORMAT_VERSION}; "
+            "upgrade: pip install -U ptq-toolkit"
+        )
+    if data.get("manifest_sha256") != canonical_sha256(data):
+        raise CheckpointError(
+            f"{root / MANIFEST} is edited or damaged: its content does not have the hash that it "
+            "gives; copy it again from where it was written, or quantize again"
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"{root / MANIFEST}: {where}: {first['msg']}; if a newer ptq wrote the checkpoint, "
+            "upgrade: pip install -U ptq-toolkit"
+        ) from None
+    _check_names(root, manifest)
+    return manifest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged, it is not JSON: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is damaged, it holds {type(data).__name__}, not an object")
+    return data
+
+
+def _check_names(root: Path, manifest: Manifest) -> None:
+    for shard in manifest.shards:
+        inside(root, shard)
+    for name in manifest.files:
+        inside(root, name, nested=True)
+    for alias, key in manifest.aliases.items():
+        if key not in manifest.tensors:
+            raise CheckpointError(
+                f"{root / MANIFEST}: tensor {alias} is said to be {key}, which is not stored"
+            )
+
+
+def check_index(root: Path, manifest: Manifest) -> None:
+    """Check that the index of a sharded checkpoint says what the manifest says.
+
+    Raises:
+        CheckpointError: the index is missing or damaged, names a file outside of the directory,
+            or has a tensor elsewhere than the manifest.
+    """
+    if INDEX not in manifest.files:
+        return
+    weight_map = _read_json(inside(root, INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{root / INDEX} is damaged: it has no weight_map")
+    for shard in weight_map.values():
+        inside(root, shard)
+    for key in [*manifest.tensors, *weight_map]:
+        entry = manifest.tensors.get(key)
+        wanted = None if entry is None else entry.shard
+        if weight_map.get(key) != wanted:
+            raise CheckpointError(
+                f"{root / INDEX}: tensor {key} is in {weight_map.get(key)}, "
+                f"but {MANIFEST} says {wanted}; copy the index again"
+            )
+
+
+def _what_it_is(root: Path) -> str:
+    """Why a directory without manifest cannot be loaded."""
+    if not root.exists():
+        return f"no checkpoint at {root.absolute()}"
+    if not root.is_dir():
+        return f"{root} is a file; give the directory that ptq.save wrote"
+    message = f"{root} is not a ptq checkpoint: it has no {MANIFEST}"
+    if not (root / CONFIG).is_file():
+        return message
+    method = _read_json(root / CONFIG).get("quantization_config")
+    name = method.get("quant_method") if isinstance(method, dict) else None
+    if name == "ptq":
+        return f"{message}, though {CONFIG} names ptq; copy the whole checkpoint again"
+    if name is not None:
+        return f"{message}; {CONFIG} says that it is in the {name!r} format, which ptq cannot load"
+    return f"{message}; it looks like a float model, quantize it first: ptq.quantize(...)"

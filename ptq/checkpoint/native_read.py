@@ -1,0 +1,152 @@
+"""Reading the native checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from ptq.checkpoint.atomic import recover
+from ptq.checkpoint.contents import check_file, check_tensor, checked_header
+from ptq.checkpoint.manifest import CONFIG, GENERATION_CONFIG, INDEX, Manifest
+from ptq.checkpoint.manifest_read import check_index, read_manifest
+from ptq.checkpoint.paths import inside
+from ptq.checkpoint.shard import Stored, read_tensors
+from ptq.checkpoint.slots import check_fit, empty_layers, slots
+from ptq.errors import CheckpointError, UnsupportedError
+from ptq.model import fill_computed_buffers, replace_module, skeleton
+
+
+def load(
+    directory: str | Path,
+    *,
+    model: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    verify: bool = True,
+) -> nn.Module:
+    """The quantized model of a checkpoint, in eval mode, bit for bit as it was saved.
+
+    The model is built without weights; each tensor is read once, into memory of its own. Its
+    ``config`` has no ``quantization_config``: only the file on disk says how it was quantized.
+
+    Args:
+        model: for what is not a transformers model: the float model, as built by your code, on
+            any device (``torch.device("meta")`` costs no memory). It becomes the quantized model;
+            it is not touched before everything has been read and checked.
+        verify: compare the tensors, and the files that are read, with their hashes.
+
+    Raises:
+        CheckpointError: there is no ptq checkpoint, it is of a newer format, or it is not what
+            was written; the tensor or file is named.
+        UnsupportedError: the model cannot be built from its config; pass ``model``.
+        ModelError: a buffer that is on the meta device in ``model`` cannot be computed.
+    """
+    root = _recovered(Path(directory).expanduser())
+    device = _usable(device)
+    manifest = read_manifest(root)
+    check_index(root, manifest)
+    for name in (CONFIG, GENERATION_CONFIG, INDEX):
+        if verify and name in manifest.files:
+            check_file(root, name, manifest)
+    headers = {shard: checked_header(root, shard, manifest) for shard in manifest.shards}
+    model = _empty_model(root, manifest) if model is None else model
+    layers = empty_layers(model, manifest.layers)
+    check_fit(slots(model, layers), manifest)
+    tensors = _read(root, manifest, headers, device, verify)
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    _assign(model, tensors, manifest.aliases)
+    fill_computed_buffers(model, device)
+    if isinstance(model, PreTrainedModel) and GENERATION_CONFIG in manifest.files:
+        model.generation_config = _generation_config(root)
+    return model.to(device).eval()
+
+
+def _recovered(root: Path) -> Path:
+    """The directory; put back first if its writer was killed while replacing it."""
+    if not root.exists():
+        try:
+            recover(root.absolute())
+        except OSError as error:
+            raise CheckpointError(
+                f"the writer of {root} was killed while replacing it, and the old checkpoint "
+                f"beside it cannot be put back: {error}; rename it by hand"
+            ) from None
+    return root
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"device {str(device)!r} cannot be used: {reason}") from None
+
+
+def _empty_model(root: Path, manifest: Manifest) -> PreTrainedModel:
+    if CONFIG not in manifest.files:
+        raise UnsupportedError(
+            f"{root} holds a {manifest.model_class}, which is not a transformers model; "
+            "build it and pass it: ptq.load(directory, model=...)"
+        )
+    inside(root, CONFIG)
+    try:
+        config = AutoConfig.from_pretrained(root)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{root / CONFIG} cannot be used: {_first_line(error)}") from None
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    name = manifest.model_class.rpartition(".")[2]
+    builtin = manifest.model_class.startswith("transformers.") and hasattr(transformers, name)
+    if not builtin or config.architectures != [name]:
+        raise UnsupportedError(
+            f"{root} holds a {manifest.model_class}, which transformers "
+            f"{transformers.__version__} does not have; ptq does not run code that comes with a "
+            "model (trust_remote_code): build it and pass it: ptq.load(directory, model=...)"
+        )
+    return skeleton(config)
+
+
+def _read(
+    root: Path,
+    manifest: Manifest,
+    headers: Mapping[str, Mapping[str, Stored]],
+    device: torch.device,
+    verify: bool,
+) -> dict[str, Tensor]:
+    tensors = {}
+    for shard, header in headers.items():
+        for key, tensor in read_tensors(root / shard, header):
+            if verify:
+                check_tensor(root, key, tensor, manifest)
+            tensors[key] = tensor.to(device)
+    return tensors
+
+
+def _assign(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
+    """Put the tensors in their slots; the names of one tensor get the same Parameter."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    shared: dict[str, nn.Parameter] = {}
+    values: dict[str, Tensor] = {}
+    for key, source in {**{key: key for key in tensors}, **aliases}.items():
+        value = tensors[source]
+        if key in parameters:
+            value = shared.setdefault(source, nn.Parameter(value, requires_grad=False))
+        values[key] = value
+    model.load_state_dict(values, assign=True)
+
+
+def _generation_config(root: Path) -> GenerationConfig:
+    inside(root, GENERATION_CONFIG)
+    try:
+        return GenerationConfig.from_pretrained(root)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{root / GENERATION_CONFIG} cannot be used: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,0 +1,160 @@
+"""Writing the native checkpoint."""
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq.checkpoint.atomic import replacing
+from ptq.checkpoint.manifest import (
+    FORMAT_VERSION,
+    INDEX,
+    LayerEntry,
+    Manifest,
+    TensorEntry,
+    class_name,
+    seal,
+    write_manifest,
+)
+from ptq.checkpoint.shard import dtype_name, write_shard
+from ptq.checkpoint.side_files import side_file_entries, write_side_files
+from ptq.checkpoint.target import check_target
+from ptq.checkpoint.tensors import distinct_tensors
+from ptq.config import QuantizationConfig
+from ptq.errors import CheckpointError
+from ptq.modules import QuantLinear
+
+
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    config: QuantizationConfig | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    shard_bytes: int = 5_000_000_000,
+    extra_files: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Write a quantized model to a directory: safetensors, config.json and a manifest.
+
+    The directory appears whole or not at all; an old checkpoint stays until the new one is
+    complete. Only tensors, JSON and the tokenizer's own files are written, no pickle.
+
+    Args:
+        config: what the model was quantized with, for the manifest.
+        tokenizer: a transformers tokenizer or processor to carry along.
+        overwrite: replace an existing ptq checkpoint; nothing else is ever replaced.
+        shard_bytes: tensor bytes in one file at most; a larger tensor has a file of its own.
+        extra_files: name to text of further files, such as a README.md.
+
+    Raises:
+        CheckpointError: nothing in the model is quantized, a tensor cannot be stored, the
+            directory cannot be used, or the disk is full.
+    """
+    layers = _layers(model)
+    tensors, aliases = distinct_tensors(model)
+    if shard_bytes < 1:
+        raise CheckpointError(f"shard_bytes is {shard_bytes}; give a positive number of bytes")
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    target = check_target(directory, overwrite, total)
+    try:
+        with replacing(target, overwrite) as tmp:
+            write_side_files(model, tmp, tokenizer, extra_files or {})
+            entries = _write_tensors(tensors, tmp, shard_bytes, total)
+            manifest = seal(
+                Manifest(
+                    format_version=FORMAT_VERSION,
+                    versions=_versions(),
+                    model_class=class_name(type(model)),
+                    config=None if config is None else config.model_dump(mode="json"),
+                    layers=layers,
+                    aliases=aliases,
+                    tensors=entries,
+                    files=side_file_entries(tmp),
+                    total_tensor_bytes=total,
+                )
+            )
+            write_manifest(manifest, tmp)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint {target} ({total / 1e6:,.0f} MB) could not be written: {error}; "
+            "what was there is unchanged; free some space, or choose another directory"
+        ) from error
+    return manifest
+
+
+def _layers(model: nn.Module) -> dict[str, LayerEntry]:
+    layers = {
+        name: LayerEntry(
+            scheme=module.scheme,
+            in_features=module.in_features,
+            out_features=module.out_features,
+            bias=None if module.bias is None else dtype_name(module.bias.dtype),
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+    }
+    if not layers:
+        raise CheckpointError(
+            f"nothing in this {type(model).__name__} is quantized; "
+            "quantize it first, or save the float model with its own save_pretrained"
+        )
+    if "" in layers:
+        raise CheckpointError("the model is a single QuantLinear; wrap it: nn.Sequential(layer)")
+    return layers
+
+
+def _write_tensors(
+    tensors: Mapping[str, Tensor], directory: Path, shard_bytes: int, total: int
+) -> dict[str, TensorEntry]:
+    shards = _divide({key: tensor.nbytes for key, tensor in tensors.items()}, shard_bytes)
+    entries = {}
+    for number, keys in enumerate(shards, 1):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        hashes = write_shard(directory / name, {key: tensors[key] for key in keys})
+        for key in keys:
+            entries[key] = TensorEntry(
+                dtype=dtype_name(tensors[key].dtype),
+                shape=tuple(tensors[key].shape),
+                sha256=hashes[key],
+                shard=name,
+            )
+    if len(shards) > 1:
+        weight_map = {key: entries[key].shard for key in sorted(entries)}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return entries
+
+
+def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Consecutive keys, up to ``limit`` bytes together; one that is larger stands alone."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += size
+    return shards
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = metadata.version("ptq-toolkit")
+    except metadata.PackageNotFoundError:
+        own = "not installed"
+    return {
+        "ptq": own,
+        "torch": str(torch.__version__),
+        "transformers": metadata.version("transformers"),
+        "safetensors": metadata.version("safetensors"),
+        "python": platform.python_version(),
+    }

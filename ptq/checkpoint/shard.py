@@ -1,0 +1,133 @@
+"""safetensors files, written and read one tensor at a time.
+
+The format (https://github.com/huggingface/safetensors): eight bytes, the length of the header,
+little-endian; the header, JSON; the tensors' bytes without gaps. Written here rather than by the
+library because a tensor on a GPU or not contiguous is then copied alone instead of with its whole
+shard, is hashed on its way, and a full disk is an ``OSError``; read here because the tensors then
+own aligned memory, and the file is not held in memory beside them.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ptq.checkpoint.hashing import raw_bytes
+from ptq.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""The dtypes that a checkpoint can hold, by their name in safetensors."""
+
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is in its file: ``start`` is the offset of its first byte."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.bfloat16`` to ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write a new safetensors file; returns the SHA-256 of each tensor's bytes.
+
+    Wide dtypes come first, so that every tensor is aligned for readers that map the file.
+
+    Raises:
+        OSError: the file exists or cannot be written.
+    """
+    order = sorted(tensors, key=lambda key: (-tensors[key].itemsize, key))
+    hashes = {}
+    with path.open("xb") as file:
+        file.write(_header(tensors, order))
+        for key in order:
+            data = raw_bytes(tensors[key])
+            file.write(data)
+            hashes[key] = hashlib.sha256(data).hexdigest()
+    return hashes
+
+
+def _header(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for key in order:
+        tensor = tensors[key]
+        end = offset + tensor.nbytes
+        header[key] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, in the order of their bytes.
+
+    Raises:
+        CheckpointError: the file is missing, cut off, or is not safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:  # the library checks bounds and sizes
+            file.keys()
+        with path.open("rb") as raw:
+            (length,) = struct.unpack("<Q", raw.read(8))
+            header = json.loads(raw.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"shard {path} is missing; copy the whole checkpoint again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"shard {path} is not a whole safetensors file ({error}); copy it again"
+        ) from None
+    header.pop("__metadata__", None)
+    for key, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(f"tensor {key} in {path} has the unknown dtype {entry['dtype']}")
+    stored = {
+        key: Stored(
+            DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        )
+        for key, entry in header.items()
+    }
+    return dict(sorted(stored.items(), key=lambda item: item[1].start))
+
+
+def read_tensors(path: Path, header: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors one after the other into CPU memory of their own.
+
+    Raises:
+        CheckpointError: the file ends early or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            for key, stored in header.items():
+                flat = torch.empty(math.prod(stored.shape), dtype=stored.dtype)
+                view = raw_bytes(flat)
+                file.seek(stored.start)
+                if file.readinto(view) != len(view):
+                    raise CheckpointError(f"shard {path} is cut off within tensor {key}")
+                yield key, flat.reshape(stored.shape)
+    except OSError as error:
+        raise CheckpointError(f"shard {path} cannot be read: {error}") from None

@@ -1,0 +1,60 @@
+"""Whether a checkpoint can be written to a directory, asked before hours of work."""
+
+import os
+from pathlib import Path
+
+from ptq.checkpoint.atomic import is_free, is_ours, recover
+from ptq.errors import CheckpointError
+
+
+def check_target(directory: str | Path, overwrite: bool, needed_bytes: int) -> Path:
+    """Check that a checkpoint can be written. What a killed save left there is put right first.
+
+    Args:
+        overwrite: whether an existing ptq checkpoint may be replaced. It is removed only after
+            the new one is complete, so the disk must have room for both.
+        needed_bytes: of the new checkpoint.
+
+    Returns:
+        The directory, absolute and without symbolic links.
+
+    Raises:
+        CheckpointError: something that is not a ptq checkpoint is there, or one without
+            ``overwrite``; the parent is missing or not writable; the disk is too full.
+    """
+    target = Path(os.path.realpath(Path(directory).expanduser()))
+    _check_parent(target)
+    if is_ours(target):
+        if not overwrite:
+            raise CheckpointError(
+                f"{target} holds a ptq checkpoint already; ask to overwrite it "
+                "(output.overwrite: true, or --overwrite), or choose another directory"
+            )
+    elif not is_free(target):
+        kind = "directory that ptq did not write" if target.is_dir() else "file"
+        raise CheckpointError(f"{target} is a {kind}, it stays as it is; choose another directory")
+    if os.path.ismount(target):
+        raise CheckpointError(f"{target} is a mount point; choose a directory below it")
+    disk = os.statvfs(target.parent)
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and free < needed_bytes:  # some network disks do not know their size
+        raise CheckpointError(
+            f"{target} needs {needed_bytes / 1e6:,.0f} MB, its disk has {free / 1e6:,.0f} MB left; "
+            "free some space, or choose another directory"
+        )
+    return target
+
+
+def _check_parent(target: Path) -> None:
+    parent = target.parent
+    if not parent.is_dir():
+        raise CheckpointError(f"{parent} is not a directory; make it first: mkdir -p {parent}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{parent} is not writable; choose another directory")
+    try:
+        recover(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"a killed save left the checkpoint {target} under another name, and it cannot be "
+            f"put back: {error}; rename it by hand"
+        ) from None

@@ -1,0 +1,134 @@
+"""Measuring a model on windows of tokens, alone or against the float model."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq.calibrate import TokenSet, evaluation_windows
+from ptq.config import EvaluationConfig
+from ptq.errors import CalibrationError
+from ptq.evaluation.logits import ReferenceLogits, window_logits
+from ptq.evaluation.result import Evaluation, Perplexity, Protocol
+from ptq.evaluation.statistics import TokenStatistics, nll, ratio_interval
+
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+def evaluate(
+    model: nn.Module,
+    data: str | Sequence[str] | TokenSet,
+    *,
+    tokenizer: Any = None,
+    reference: nn.Module | ReferenceLogits | None = None,
+    windows: int = 16,
+    context: int = 512,
+    progress: Progress = iter,
+) -> Evaluation | Perplexity:
+    """Perplexity of a causal language model; with ``reference``, also its distance from it.
+
+    Windows do not overlap, and the first token of each is not scored.
+
+    Args:
+        data: a file, a directory or a ``datasets`` id (several: a list), which needs
+            ``tokenizer``; or tokens from :func:`ptq.calibrate.evaluation_windows`.
+        reference: the float model, or its recorded logits of the same windows.
+        windows: at most so many are scored.
+        context: tokens a window.
+
+    Raises:
+        CalibrationError: the data cannot be used.
+        UnsupportedError: a model has no next-token logits.
+    """
+    if not isinstance(data, TokenSet):
+        if tokenizer is None:
+            raise CalibrationError("evaluating on text needs a tokenizer: pass tokenizer=...")
+        sources = [data] if isinstance(data, str) else list(data)
+        config = EvaluationConfig(data=sources, windows=windows, context=context)
+        data = evaluation_windows(config, tokenizer)
+    if reference is not None:
+        return compare(model, data, reference, progress=progress)
+    losses = []
+    for index in progress(range(len(data.sequences))):
+        window = data.sequences[index]
+        logits = window_logits(model, window)
+        losses.append(nll(logits, window[1:].to(logits.device)).cpu())
+    perplexity = math.exp(torch.cat(losses).double().mean().item())
+    return Perplexity(perplexity, _protocol(data, None, model))
+
+
+def compare(
+    model: nn.Module,
+    data: TokenSet,
+    reference: nn.Module | ReferenceLogits,
+    *,
+    progress: Progress = iter,
+) -> Evaluation:
+    """Compare a model with the float model, window by window."""
+    found = TokenStatistics()
+    for index in progress(range(len(data.sequences))):
+        window = data.sequences[index]
+        logits = window_logits(model, window)
+        found.add(
+            _reference_logits(reference, index, window, logits),
+            logits,
+            window[1:].to(logits.device),
+        )
+    float_dtype = reference.dtype if isinstance(reference, ReferenceLogits) else _dtype(reference)
+    return _result(found, _protocol(data, float_dtype, model))
+
+
+def _reference_logits(
+    reference: nn.Module | ReferenceLogits, index: int, window: Tensor, like: Tensor
+) -> Tensor:
+    if isinstance(reference, ReferenceLogits):
+        return reference[index].to(like.device)
+    return window_logits(reference, window).to(like.device)
+
+
+def _result(found: TokenStatistics, protocol: Protocol) -> Evaluation:
+    pairs = zip(found.quantized_nll, found.float_nll, strict=True)
+    low, high = ratio_interval([(q - f).cpu() for q, f in pairs])
+    before = torch.cat(found.float_nll).double().mean().item()
+    after = torch.cat(found.quantized_nll).double().mean().item()
+    divergence = torch.cat(found.divergence).double()
+    return Evaluation(
+        float_perplexity=math.exp(before),
+        quantized_perplexity=math.exp(after),
+        ratio=math.exp(after - before),
+        ratio_low=low,
+        ratio_high=high,
+        kl_mean=divergence.mean().item(),
+        kl_p99=_percentile(divergence, 0.99),
+        top1_agreement=torch.cat(found.agreement).double().mean().item(),
+        protocol=protocol,
+    )
+
+
+def _percentile(values: Tensor, share: float) -> float:
+    """The smallest value that at least ``share`` of the values do not exceed (any count)."""
+    rank = math.ceil(share * len(values))
+    return values.kthvalue(max(1, rank)).values.item()
+
+
+def _protocol(data: TokenSet, float_dtype: torch.dtype | None, model: nn.Module) -> Protocol:
+    lengths = [len(window) for window in data.sequences]
+    return Protocol(
+        tokens_sha256=data.sha256,
+        windows=len(lengths),
+        context=max(lengths),
+        stride=max(lengths),
+        tokens_scored=sum(lengths) - len(lengths),
+        float_dtype=None if float_dtype is None else _name(float_dtype),
+        dtype=_name(_dtype(model)),
+    )
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

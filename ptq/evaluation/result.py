@@ -1,0 +1,108 @@
+"""Results of an evaluation, with the protocol that they were measured by."""
+
+import html
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the figures were measured; two evaluations compare only if this is equal.
+
+    Args:
+        tokens_sha256: hash of the token ids.
+        windows: number of windows scored, without overlap.
+        context: tokens a window; the first of each is not scored.
+        stride: tokens from the start of one window to the next.
+        float_dtype: dtype of the float model (None: there was none).
+        dtype: dtype of the parameters that are float in the measured model.
+    """
+
+    tokens_sha256: str
+    windows: int
+    context: int
+    stride: int
+    tokens_scored: int
+    float_dtype: str | None
+    dtype: str
+    arithmetic: str = "log-softmax in float32, summed in float64"
+    interval: str = "95%, paired, Student t over blocks of 64 tokens"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Float against quantized on the same tokens.
+
+    Args:
+        ratio: quantized over float perplexity, with its 95% confidence interval.
+        kl_mean, kl_p99: KL(float || quantized) in nats, over the scored tokens.
+        top1_agreement: share of tokens where both models rank the same token first.
+    """
+
+    float_perplexity: float
+    quantized_perplexity: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    protocol: Protocol
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        p = self.protocol
+        return [
+            (f"perplexity, float ({p.float_dtype})", f"{self.float_perplexity:.3f}"),
+            (f"perplexity, quantized ({p.dtype})", f"{self.quantized_perplexity:.3f}"),
+            ("ratio [95%]", f"{self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]"),
+            ("KL divergence, mean", f"{self.kl_mean:.5f} nats"),
+            ("KL divergence, 99th percentile", f"{self.kl_p99:.4f} nats"),
+            ("top-1 agreement", f"{100 * self.top1_agreement:.2f}%"),
+            ("tokens scored", f"{p.tokens_scored:,} in {p.windows} windows of {p.context}"),
+        ]
+
+    def __str__(self) -> str:
+        return _text(self._rows())
+
+    def _repr_html_(self) -> str:
+        return _table(self._rows())
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of one model."""
+
+    perplexity: float
+    protocol: Protocol
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        p = self.protocol
+        return [
+            (f"perplexity ({p.dtype})", f"{self.perplexity:.3f}"),
+            ("tokens scored", f"{p.tokens_scored:,} in {p.windows} windows of {p.context}"),
+        ]
+
+    def __str__(self) -> str:
+        return _text(self._rows())
+
+    def _repr_html_(self) -> str:
+        return _table(self._rows())
+
+
+def _text(rows: list[tuple[str, str]]) -> str:
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    cells = "".join(
+        f"<tr><td>{html.escape(label)}</td><td>{html.escape(value)}</td></tr>"
+        for label, value in rows
+    )
+    return f"<table>{cells}</table>"

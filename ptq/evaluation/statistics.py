@@ -1,0 +1,99 @@
+"""Comparing two models' predictions token by token, and what the differences say."""
+
+import math
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # neighbouring tokens that count as one observation
+_ROWS = 64  # rows of float32 probabilities that exist at a time
+
+
+@dataclass
+class TokenStatistics:
+    """What was measured of each scored token; one tensor a window."""
+
+    float_nll: list[Tensor] = field(default_factory=list)
+    quantized_nll: list[Tensor] = field(default_factory=list)
+    divergence: list[Tensor] = field(default_factory=list)
+    agreement: list[Tensor] = field(default_factory=list)
+
+    def add(self, reference: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Compare logits [T, V] of both models, some rows at a time, in float32.
+
+        Divergence is KL(float || quantized) in nats.
+        """
+        columns: list[list[Tensor]] = [[], [], [], []]
+        for start in range(0, len(targets), _ROWS):
+            rows = slice(start, start + _ROWS)
+            p = reference[rows].float().log_softmax(-1)
+            q = logits[rows].float().log_softmax(-1)
+            target = targets[rows, None]
+            columns[0].append(-p.gather(1, target)[:, 0])
+            columns[1].append(-q.gather(1, target)[:, 0])
+            # The sum is not negative but for rounding.
+            columns[2].append((p.exp() * (p - q)).sum(-1).clamp(min=0))
+            columns[3].append(p.argmax(-1) == q.argmax(-1))
+        measured = (self.float_nll, self.quantized_nll, self.divergence, self.agreement)
+        for where, parts in zip(measured, columns, strict=True):
+            where.append(torch.cat(parts))
+
+
+def nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood [T] of the targets, in float32, some rows at a time."""
+    parts = [
+        torch.nn.functional.cross_entropy(
+            logits[i : i + _ROWS].float(), targets[i : i + _ROWS], reduction="none"
+        )
+        for i in range(0, len(targets), _ROWS)
+    ]
+    return torch.cat(parts)
+
+
+def ratio_interval(differences: list[Tensor], confidence: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the perplexity ratio, from paired differences of each window.
+
+    The differences (quantized minus float NLL) of ``BLOCK`` consecutive tokens are averaged, which
+    takes most of the correlation between neighbours away; the blocks' mean has a Student t
+    interval, and the ratio is its exponential. One block alone gives (0, inf).
+    """
+    blocks = torch.cat([_block_means(window.double()) for window in differences])
+    count = len(blocks)
+    if count < 2:
+        return 0.0, math.inf
+    mean = torch.cat(differences).double().mean().item()
+    error = blocks.std().item() / math.sqrt(count)
+    reach = student_t(0.5 + confidence / 2, count - 1) * error
+    return math.exp(mean - reach), math.exp(mean + reach)
+
+
+def _block_means(window: Tensor) -> Tensor:
+    """Means of whole blocks; the tokens left over join the last one."""
+    if len(window) < 2 * BLOCK:
+        return window.mean()[None]
+    whole = len(window) // BLOCK
+    last = window[(whole - 1) * BLOCK :].mean()[None]
+    return torch.cat((window[: (whole - 1) * BLOCK].view(-1, BLOCK).mean(1), last))
+
+
+def student_t(probability: float, degrees: int) -> float:
+    """Quantile of Student's t distribution.
+
+    Exact for one and two degrees of freedom, else the Cornish-Fisher expansion of Abramowitz and
+    Stegun, 26.7.5 (within 1% from three degrees on at 97.5%).
+    """
+    if degrees == 1:
+        return math.tan(math.pi * (probability - 0.5))
+    if degrees == 2:
+        alpha = 4 * probability * (1 - probability)
+        return 2 * (probability - 0.5) * math.sqrt(2 / alpha)
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + math.fsum(term / float(degrees) ** (i + 1) for i, term in enumerate(terms))

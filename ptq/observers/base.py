@@ -1,0 +1,45 @@
+"""What every observer offers."""
+
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from ptq.errors import CalibrationError
+
+
+class Observer(Protocol):
+    """Sees rows of activations and says what range to quantize.
+
+    Memory does not grow with the number of rows. ``order_dependent`` says whether the range may
+    depend on the order of the rows or on how they are split into batches.
+    """
+
+    order_dependent: ClassVar[bool]
+
+    def __init__(self, channels: int | None, options: Any) -> None: ...
+
+    def update(self, rows: Tensor) -> None:
+        """Take in rows [R, C] (floating point, R may be 0)."""
+        ...
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Low and high, float32: [1] for the tensor, or [C] per channel.
+
+        Raises:
+            CalibrationError: no row was seen.
+        """
+        ...
+
+
+def extremes(rows: Tensor, channels: int | None) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value, float32: [1], or [C] per channel; R must not be 0."""
+    if channels is None:
+        low, high = rows.aminmax()
+        return low.float().reshape(1), high.float().reshape(1)
+    low, high = rows.aminmax(dim=0)
+    return low.float(), high.float()
+
+
+def nothing_seen() -> CalibrationError:
+    """The error of an observer that is asked before it saw a row."""
+    return CalibrationError("an observer saw no rows: the calibration batches are empty or masked")

@@ -1,0 +1,39 @@
+"""Exponential moving average of each batch's extremes (Jacob et al. 2018, section 3.1)."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ptq.observers.base import extremes, nothing_seen
+
+
+class MovingAverageOptions(BaseModel):
+    """How slowly the average moves."""
+
+    model_config = ConfigDict(extra="forbid")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class MovingAverage:
+    """``momentum`` of the old range and the rest of the new batch's, once a batch."""
+
+    order_dependent: ClassVar[bool] = True
+
+    def __init__(self, channels: int | None, options: MovingAverageOptions) -> None:
+        self.channels = channels
+        self.momentum = options.momentum
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
+
+    def update(self, rows: Tensor) -> None:
+        if rows.shape[0] == 0:
+            return
+        low, high = extremes(rows, self.channels)
+        self.low = low if self.low is None else self.low.lerp(low, 1 - self.momentum)
+        self.high = high if self.high is None else self.high.lerp(high, 1 - self.momentum)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        if self.low is None or self.high is None:
+            raise nothing_seen()
+        return self.low, self.high

@@ -1,0 +1,372 @@
+"""The main job, told in order: config, load, plan, calibrate, quantize, save, verify, evaluate."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ptq import checkpoint
+from ptq.calibrate import (
+    LayerStatistics,
+    TokenSet,
+    batches,
+    calibration_tokens,
+    collect,
+    evaluation_windows,
+)
+from ptq.config import (
+    CalibrationConfig,
+    ModelConfig,
+    OutputConfig,
+    QuantizationConfig,
+    Scheme,
+    as_config,
+    torch_dtype,
+)
+from ptq.errors import CalibrationError, CheckpointError, ConfigError, ModelError
+from ptq.evaluation import ReferenceLogits, compare, sample
+from ptq.model import (
+    ModelSource,
+    cast_parameters,
+    check_finite,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    skeleton,
+)
+from ptq.observers import make_observer
+from ptq.planning import Plan, plan
+from ptq.report import Console, Report, environment, explain
+from ptq.report.report import peak_memory_bytes
+from ptq.swap import quantize_layers
+
+
+@dataclass(frozen=True)
+class QuantizationResult:
+    """What :func:`quantize` did; prints as the plan that it carried out."""
+
+    model: nn.Module
+    plan: Plan
+    config: QuantizationConfig
+    statistics: dict[str, LayerStatistics]
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.plan}\nDone in {self.seconds:.1f} s."
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return f"{self.plan._repr_html_()}<p>Done in {self.seconds:.1f} s.</p>"
+
+
+def quantize(
+    model: nn.Module,
+    scheme: str | dict[str, Any] | Scheme | QuantizationConfig,
+    *,
+    calibration: Iterable[Any] | None = None,
+    tokenizer: Any = None,
+    console: Console | None = None,
+) -> QuantizationResult:
+    """Quantize the linear layers of a model, in place.
+
+    Args:
+        model: any ``nn.Module`` with ``nn.Linear`` layers, float, on any device.
+        scheme: a preset such as ``"w4a16-g64"``, a mapping as in YAML, or a configuration.
+        calibration: batches for static activations: tensors, tuples, or mappings of keyword
+            arguments; without it, the configuration's calibration section is used, which needs
+            ``tokenizer``.
+        console: where progress goes (default: bars on standard error).
+
+    Raises:
+        ConfigError, UnsupportedError: the request does not fit the model; nothing was changed.
+        CalibrationError: static activations without data, or data that cannot be used.
+        ModelError: NaN or Inf in a weight; nothing was changed.
+    """
+    start = time.perf_counter()
+    console = console or Console()
+    config = as_config(scheme)
+    made = plan(model, config)
+    if made.static_layers and calibration is None:
+        tokens = _calibration_tokens(config, tokenizer)
+        calibration = batches(tokens, _section(config).batch_size, _pad_id(tokenizer))
+    check_finite(model)
+    statistics = _calibrate(model, made, config, calibration, console)
+    console.stage_name = "quantize"
+    quantize_layers(model, made.schemes, statistics, console.bar("layer"))
+    return QuantizationResult(model, made, config, statistics, time.perf_counter() - start)
+
+
+def _section(config: QuantizationConfig) -> CalibrationConfig:
+    """The calibration section, for what needs one.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    if config.calibration is None:
+        raise CalibrationError(
+            f"scheme {config.scheme} has static activations, which need calibration data: "
+            "add a section 'calibration:' with 'data: FILE', or pass calibration=batches"
+        )
+    return config.calibration
+
+
+def _calibration_tokens(config: QuantizationConfig, tokenizer: Any) -> TokenSet:
+    section = _section(config)
+    if tokenizer is None:
+        raise CalibrationError("calibration text needs a tokenizer: pass tokenizer=...")
+    return calibration_tokens(section, tokenizer)
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Any id will do where there is none: padding is masked."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def _calibrate(
+    model: nn.Module,
+    made: Plan,
+    config: QuantizationConfig,
+    data: Iterable[Any] | None,
+    console: Console,
+) -> dict[str, LayerStatistics]:
+    if not made.static_layers or data is None:
+        return {}
+    console.stage_name = "calibrate"
+    observer = CalibrationConfig(data=["-"]).observer
+    if config.calibration is not None:
+        observer = config.calibration.observer
+    return collect(model, made.static_layers, data, observer, progress=console.bar("batch"))
+
+
+def run(
+    config: QuantizationConfig,
+    *,
+    dry_run: bool = False,
+    full_plan: bool = False,
+    console: Console | None = None,
+) -> Report:
+    """Do what a configuration file says, from the float model to a verified checkpoint.
+
+    Args:
+        dry_run: stop after the plan; no weights are loaded.
+        full_plan: print a row for each layer.
+
+    Raises:
+        PTQError: bad input, before anything long is done; or a checkpoint that could not be
+            written or verified. Nothing half-written stays behind.
+    """
+    job = _Job(config, console or Console())
+    job.make_plan(full_plan)
+    if dry_run:
+        return job.report
+    job.check_output()
+    job.read_data()
+    with ReferenceLogits() as reference:
+        model: nn.Module = job.load()
+        job.measure_float(model, reference)
+        job.quantize(model)
+        job.save(model)
+        model = job.read_back(model)
+        job.measure_quantized(model, reference)
+    return job.finish()
+
+
+@dataclass
+class _Job:
+    """One run: what its stages hand to each other. Each stage is a method, called in order."""
+
+    config: QuantizationConfig
+    console: Console
+    report: Report = field(init=False)
+    start: float = field(default_factory=time.perf_counter, init=False)
+    source: ModelSource = field(init=False)
+    model_config: PretrainedConfig = field(init=False)
+    plan: Plan = field(init=False)
+    tokenizer: Any = field(default=None, init=False)
+    calibration: TokenSet | None = field(default=None, init=False)
+    evaluation: TokenSet | None = field(default=None, init=False)
+    samples: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.report = Report(
+            {"config": self.config.model_dump(mode="json"), "environment": environment()}
+        )
+
+    @property
+    def model_section(self) -> ModelConfig:
+        if self.config.model is None:
+            raise ConfigError("key 'model' is required: a hub id, a directory or a .gguf file")
+        return self.config.model
+
+    @property
+    def output(self) -> OutputConfig:
+        if self.config.output is None:
+            raise ConfigError("key 'output' is required: the directory to create")
+        return self.config.output
+
+    def make_plan(self, full: bool) -> None:
+        """Decide about every layer from shapes alone, and print it."""
+        self.console.stage("plan")
+        self.source = ModelSource.resolve(self.model_section)
+        self.model_config = load_model_config(self.source)
+        empty = skeleton(self.model_config, trust_remote_code=self.model_section.trust_remote_code)
+        self.plan = plan(empty, self.config, dtype=self._dtype())
+        if self.plan.static_layers:
+            make_observer(_section(self.config).observer)
+        self.report.sections["plan"] = self.plan.to_dict()
+        self.console.say(self.plan.table(full))
+
+    def _dtype(self) -> torch.dtype:
+        """dtype of what stays float: the output section's, else the loaded model's."""
+        wanted = "auto" if self.config.output is None else self.config.output.dtype
+        if wanted != "auto":
+            return torch_dtype(wanted)
+        if isinstance(self.source.dtype, torch.dtype):
+            return self.source.dtype
+        stored = self.model_config.dtype
+        return stored if isinstance(stored, torch.dtype) else torch.float32
+
+    def check_output(self) -> None:
+        """Find out now whether the checkpoint could be written."""
+        needed = int(self.plan.bytes_after * 1.02)
+        checkpoint.check_target(self.output.dir, self.output.overwrite, needed)
+
+    def read_data(self) -> None:
+        """Tokenizer and text, so that bad data is found before the weights are loaded."""
+        self.console.stage("read data")
+        static = self.plan.static_layers
+        try:
+            self.tokenizer = load_tokenizer(self.source)
+        except ModelError:
+            if static or self.config.evaluation or self.config.generation:
+                raise
+        if static:
+            self.calibration = _calibration_tokens(self.config, self.tokenizer)
+        if self.config.evaluation is not None:
+            self.evaluation = evaluation_windows(self.config.evaluation, self.tokenizer)
+        named = {"calibration": self.calibration, "evaluation": self.evaluation}
+        self.report.sections["data"] = {
+            name: {
+                "source": list(tokens.source),
+                "sha256": tokens.sha256,
+                "sequences": len(tokens.sequences),
+                "tokens": tokens.tokens,
+            }
+            for name, tokens in named.items()
+            if tokens is not None
+        }
+
+    def load(self) -> PreTrainedModel:
+        """The float model."""
+        self.console.stage("load the float model")
+        model = load_model(self.source, self.model_config)
+        check_finite(model)
+        return model
+
+    def measure_float(self, model: nn.Module, reference: ReferenceLogits) -> None:
+        """Keep the float model's logits and its sample; its weights are about to go."""
+        if self.evaluation is not None:
+            self.console.stage("evaluate float")
+            reference.record(model, self.evaluation.sequences, self.console.bar("window"))
+        self._sample(model, "float")
+
+    def quantize(self, model: nn.Module) -> None:
+        """Calibrate and quantize in place; what stays float gets the output's dtype."""
+        self.console.stage("quantize")
+        data = None
+        if self.calibration is not None:
+            size = _section(self.config).batch_size
+            data = batches(self.calibration, size, _pad_id(self.tokenizer))
+        result = quantize(model, self.config, calibration=data, console=self.console)
+        cast_parameters(model, self._dtype())
+        self.console.say(f"{len(self.plan.quantized)} layers in {result.seconds:.1f} s")
+
+    def save(self, model: nn.Module) -> None:
+        """Write the checkpoint, whole or not at all."""
+        self.console.stage("save")
+        manifest = checkpoint.save(
+            model,
+            self.output.dir,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            overwrite=self.output.overwrite,
+            shard_bytes=self.output.shard_size_mb * 1_000_000,
+        )
+        weights = sum(p.stat().st_size for p in Path(self.output.dir).glob("*.safetensors"))
+        self.report.sections["checkpoint"] = {
+            "directory": self.output.dir,
+            "predicted_tensor_bytes": self.plan.bytes_after,
+            "tensor_bytes": manifest.total_tensor_bytes,
+            "weight_file_bytes": weights,
+            "manifest_sha256": manifest.manifest_sha256,
+        }
+
+    def read_back(self, model: nn.Module) -> nn.Module:
+        """The model of the checkpoint, proved to be the one in memory."""
+        self.console.stage("read back and verify")
+        loaded = checkpoint.load(self.output.dir, device=next(model.parameters()).device)
+        checkpoint.assert_same(model, loaded)
+        _assert_same_outputs(model, loaded)
+        self.console.say("every tensor, and the outputs for a fixed input, are bit-equal")
+        self.report.sections["kernels"] = explain(loaded).to_dict()
+        return loaded
+
+    def measure_quantized(self, model: nn.Module, reference: ReferenceLogits) -> None:
+        """Compare with the float model's logits; generate from the same prompt."""
+        if self.evaluation is not None:
+            self.console.stage("evaluate quantized")
+            bar = self.console.bar("window")
+            result = compare(model, self.evaluation, reference, progress=bar)
+            self.report.sections["evaluation"] = result.to_dict()
+            self.console.say(result)
+        self._sample(model, "quantized")
+
+    def _sample(self, model: nn.Module, key: str) -> None:
+        section = self.config.generation
+        if section is None:
+            return
+        self.console.stage(f"generate ({key})")
+        made = sample(
+            model, self.tokenizer, section.prompt, section.max_new_tokens, chat=section.chat
+        )
+        self.samples["prompt"] = section.prompt
+        self.samples[key] = made.text
+        self.samples[f"{key}_tokens_per_second"] = made.new_tokens / made.seconds
+        self.console.say(f"{section.prompt} ...{made.text}")
+
+    def finish(self) -> Report:
+        """Write the report beside the weights, and print its summary."""
+        self.console.stage("done")
+        if self.samples:
+            self.report.sections["generation"] = self.samples
+        self.report.sections["resources"] = {
+            "seconds": time.perf_counter() - self.start,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        self.report.write(self.output.dir)
+        self.console.say(self.report)
+        return self.report
+
+
+@torch.no_grad()
+def _assert_same_outputs(model: nn.Module, loaded: nn.Module) -> None:
+    """Both models give the same bits for transformers' fixed example input.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    assert isinstance(model, PreTrainedModel)
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in model.dummy_inputs.items()}
+    first, second = model(**inputs)[0], loaded(**inputs)[0]
+    if not torch.equal(first, second):
+        raise CheckpointError(
+            "the checkpoint's tensors are those in memory, but its outputs are not: "
+            f"they differ by up to {(first - second).abs().max():.3g}; do not use it"
+        )

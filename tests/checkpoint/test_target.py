@@ -1,0 +1,94 @@
+"""What is said before hours of work about a directory that cannot be written."""
+
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from ptq.checkpoint import check_target, save
+from ptq.errors import CheckpointError
+from tests.helpers import quantize_linears
+
+
+def refuses(directory: Path, pattern: str, *, overwrite: bool = True, needed: int = 0) -> None:
+    with pytest.raises(CheckpointError, match=pattern) as caught:
+        check_target(directory, overwrite, needed)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_there_or_an_empty_directory(tmp_path: Path) -> None:
+    assert check_target(tmp_path / "out", False, 1) == tmp_path / "out"
+    (tmp_path / "out").mkdir()
+    assert check_target(tmp_path / "out", False, 1) == tmp_path / "out"
+    save(quantize_linears(nn.Sequential(nn.Linear(8, 8)), "w8a16"), tmp_path / "out")
+    assert len(os.listdir(tmp_path / "out")) == 2
+
+
+def test_a_checkpoint_of_ours_needs_overwrite(tmp_path: Path) -> None:
+    model = quantize_linears(nn.Sequential(nn.Linear(8, 8)), "w8a16")
+    save(model, tmp_path / "out")
+    refuses(tmp_path / "out", "holds a ptq checkpoint already; .*overwrite", overwrite=False)
+    with pytest.raises(CheckpointError, match="already"):
+        save(model, tmp_path / "out")
+    assert check_target(tmp_path / "out", True, 1) == tmp_path / "out"
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_foreign_directory_or_file_is_never_touched(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/config.json").write_text("{}")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "file" / "x")
+    refuses(tmp_path / "thesis", "directory that ptq did not write", overwrite=overwrite)
+    refuses(tmp_path / "file", "is a file, it stays", overwrite=overwrite)
+    refuses(tmp_path / "dangling", "not a directory", overwrite=overwrite)
+    model = quantize_linears(nn.Sequential(nn.Linear(8, 8)), "w8a16")
+    for name in ("thesis", "file"):
+        with pytest.raises(CheckpointError):
+            save(model, tmp_path / name, overwrite=overwrite)
+    assert (tmp_path / "thesis/config.json").read_text() == "{}"
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "file", "thesis"]
+
+
+def test_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = re.escape(str(tmp_path / "no"))
+    refuses(tmp_path / "no" / "out", f"{missing} is not a directory; .*mkdir -p {missing}")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    refuses(tmp_path / "out", f"{tmp_path} is not writable")
+
+
+def test_a_mount_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+    refuses(tmp_path / "out", "mount point")
+
+
+def test_a_disk_that_is_too_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    disk = SimpleNamespace(f_bavail=100, f_bfree=200, f_frsize=10_000, f_bsize=1, f_blocks=300)
+    monkeypatch.setattr(os, "statvfs", lambda _: disk)
+    assert check_target(tmp_path / "out", False, 1_000_000)
+    refuses(tmp_path / "out", "needs 2 MB, its disk has 1 MB left", needed=2_000_000)
+    model = quantize_linears(nn.Sequential(nn.Linear(1024, 2048)), "w8a16")
+    with pytest.raises(CheckpointError, match="2 MB, its disk has 1 MB left"):
+        save(model, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+    disk.f_blocks = disk.f_bavail = 0  # a disk that does not know
+    assert check_target(tmp_path / "out", False, 2_000_000)
+
+
+def test_a_symbolic_link_to_the_target_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    model = quantize_linears(nn.Sequential(nn.Linear(8, 8)), "w8a16")
+    for _ in range(2):
+        save(model, tmp_path / "link", overwrite=True)
+        assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "disk") == ["out"]
+
+
+def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert check_target("out", False, 0) == tmp_path / "out"
