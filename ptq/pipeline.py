@@ -265,7 +265,7 @@ class _Job:
     def load(self) -> PreTrainedModel:
         """The float model."""
         self.console.stage("load the float model")
-        model = load_model(self.source, self.model_config)
+        model = load_model(self.source, self.model_config, bars=self.console.mode != "quiet")
         check_finite(model)
         return model
 

@@ -96,9 +96,8 @@ def settle(siblings: Siblings) -> None:
     target, tmp, old = siblings.target, siblings.tmp, siblings.old
     if old.exists():
         if is_ours(target):
-            if not tmp.exists():
-                with contextlib.suppress(OSError):
-                    os.rename(old, tmp)
+            with contextlib.suppress(OSError):
+                os.rename(old, tmp)
         elif is_free(target):
             os.rename(old, target)
     shutil.rmtree(tmp, ignore_errors=True)

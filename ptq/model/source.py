@@ -1,8 +1,10 @@
 """Loading the float model: hub id, local directory, GGUF file, or a file in a Python package."""
 
 import importlib.util
+import io
 import json
 import struct
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,17 +145,23 @@ def load_model_config(source: ModelSource) -> PretrainedConfig:
     return config
 
 
-def load_model(source: ModelSource, config: PretrainedConfig | None = None) -> PreTrainedModel:
+def load_model(
+    source: ModelSource, config: PretrainedConfig | None = None, *, bars: bool = True
+) -> PreTrainedModel:
     """The float model with its weights, in eval mode.
+
+    Args:
+        bars: let transformers show its progress on standard error.
 
     Raises:
         ModelError: not found, unreadable, or weights are missing from the files.
     """
     config = load_model_config(source) if config is None else config
     try:
-        model, info = model_class(config).from_pretrained(
-            source.path, dtype=source.dtype, output_loading_info=True, **source.arguments
-        )
+        with nullcontext() if bars else redirect_stderr(io.StringIO()):
+            model, info = model_class(config).from_pretrained(
+                source.path, dtype=source.dtype, output_loading_info=True, **source.arguments
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {source}: {_first_line(error)}") from None
     missing = sorted(set(info["missing_keys"]) - set(model.all_tied_weights_keys))

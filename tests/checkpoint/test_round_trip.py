@@ -332,6 +332,19 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
             load(tmp_path / "out", device=device)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_on_cuda(tmp_path: Path, tied: bool) -> None:
+    model = quantize_linears(tiny_llama(tied=tied), "w4a16-g32-asym")
+    save(model.to("cuda"), tmp_path / "a")
+    loaded = load(tmp_path / "a", device="cuda")
+    assert {t.device.type for t in (*loaded.parameters(), *loaded.buffers())} == {"cuda"}
+    assert_same(model, loaded)
+    assert_same(model, load(tmp_path / "a"))
+    save(model.to("cpu"), tmp_path / "b")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
 def test_nothing_is_pickled(tmp_path: Path) -> None:
     save(quantize_linears(tiny_llama(), "w8a16"), tmp_path / "out")
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".safetensors"}
