@@ -4,11 +4,12 @@ The story, in the order in which it is told::
 
     import ptq
 
+    model, tokenizer = ptq.load_float("org/model")  # or any nn.Module of yours
     ptq.plan(model, "w4a16-g64")              # what would happen to every layer, and what it saves
     result = ptq.quantize(model, "w4a16-g64") # in place: nn.Linear becomes ptq.QuantLinear
     ptq.explain(model)                        # which kernel serves which layer, and why
-    ptq.evaluate(model, text, tokenizer=tok)  # perplexity; against the float model, if given
-    ptq.save(model, "out", tokenizer=tok)     # safetensors and a manifest with hashes
+    ptq.evaluate(model, "text.txt", tokenizer=tokenizer)  # perplexity
+    ptq.save(model, "out", tokenizer=tokenizer)  # safetensors and a manifest with hashes
     model = ptq.load("out")                   # every tensor checked
 
 ``ptq.run(ptq.load_config("recipe.yaml"))`` does all of it. Importing ``ptq`` loads nothing but
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from ptq.evaluation import evaluate
+    from ptq.model import load_float
     from ptq.modules import QuantLinear
     from ptq.pipeline import quantize, run
     from ptq.planning import plan
@@ -53,6 +55,7 @@ _HOME = {
     "explain": "ptq.report",
     "load": "ptq.checkpoint",
     "load_config": "ptq.config",
+    "load_float": "ptq.model",
     "plan": "ptq.planning",
     "quantize": "ptq.pipeline",
     "run": "ptq.pipeline",
@@ -74,6 +77,7 @@ __all__ = [
     "explain",
     "load",
     "load_config",
+    "load_float",
     "plan",
     "quantize",
     "run",

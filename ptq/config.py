@@ -29,6 +29,7 @@ from ptq.errors import ConfigError
 from ptq.formats import FORMATS, IntFormat
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
+DTypeNameOrAuto = Literal["float32", "float16", "bfloat16", "auto"]
 
 PRESETS = (
     "w8a16",
@@ -56,9 +57,9 @@ _PRESET = re.compile(
 
 
 class Section(BaseModel):
-    """Base of every part of the configuration: immutable, unknown keys rejected."""
+    """Base of every part of the configuration: immutable; nothing unknown, nothing converted."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class WeightScheme(Section):
@@ -219,7 +220,7 @@ class ModelConfig(Section):
 
     id: str = Field(description="hub id, local directory, .gguf file, or package:NAME/FILE")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    dtype: DTypeName | Literal["auto"] = Field("auto", description="auto: as stored")
+    dtype: DTypeNameOrAuto = Field("auto", description="auto: as stored")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, ... or auto")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
@@ -272,7 +273,7 @@ class OutputConfig(Section):
     """Where the checkpoint goes."""
 
     dir: str = Field(description="directory to create")
-    dtype: DTypeName | Literal["auto"] = Field(
+    dtype: DTypeNameOrAuto = Field(
         "auto", description="dtype of what stays float (auto: the model's)"
     )
     shard_size_mb: Annotated[int, Field(ge=1)] = Field(5000, description="largest shard, in MB")
@@ -337,10 +338,12 @@ def load_config(
         raise ConfigError(f"{path} is a directory, not a YAML file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}, not keys and values")
@@ -351,7 +354,7 @@ def load_config(
     return _validate(raw, str(path), node)
 
 
-def _one_line(error: yaml.YAMLError) -> str:
+def _one_line(error: yaml.YAMLError | ValueError) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
@@ -377,7 +380,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: expected key=value, as in --set scheme=w8a16")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override!r}: value is not YAML: {_one_line(error)}") from None
     *parents, last = key.split(".")
     target: Any = raw
@@ -406,10 +409,9 @@ def _descend(target: Any, name: str, where: str, override: str) -> Any:
 
 
 def _index(target: list[Any], name: str, where: str, override: str) -> int:
-    if not name.isdigit() or int(name) >= len(target):
-        raise ConfigError(
-            f"--set {override!r}: {where}: expected an index from 0 to {len(target) - 1}"
-        )
+    if not name.isdecimal() or int(name) >= len(target):
+        found = f"an index from 0 to {len(target) - 1}" if target else "items, the list is empty"
+        raise ConfigError(f"--set {override!r}: {where}: expected {found}")
     return int(name)
 
 
@@ -422,7 +424,7 @@ def _validate(raw: dict[str, Any], source: str, node: yaml.Node | None) -> Quant
 
 
 def _explain(detail: Any, source: str, node: yaml.Node | None) -> str:
-    loc = tuple(part for part in detail["loc"] if not _is_type_name(part))
+    loc = detail["loc"]
     line = _line_of(node, loc)
     where = f"{source}, line {line}" if line else source
     key = ".".join(str(part) for part in loc)
@@ -438,13 +440,6 @@ def _explain(detail: Any, source: str, node: yaml.Node | None) -> str:
     if "unknown scheme" in message or "scheme '" in message:
         return f"{where}: {key}: {message}"
     return f"{where}: {key}: {message}, got {detail['input']!r}"
-
-
-def _is_type_name(part: Any) -> bool:
-    """pydantic puts the branch of a union, such as 'Scheme', into the location."""
-    return isinstance(part, str) and (
-        part[:1].isupper() or "[" in part or part == "constrained-int"
-    )
 
 
 def _line_of(node: yaml.Node | None, loc: tuple[Any, ...]) -> int | None:

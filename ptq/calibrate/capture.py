@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.config import Plugin
+from ptq.core import is_finite
 from ptq.errors import CalibrationError
 from ptq.observers import Observer, make_observer
 
@@ -40,7 +41,7 @@ class _Watch:
 
     def see(self, name: str, x: Tensor) -> None:
         rows = _unmasked(x.detach(), self.mask)
-        if not bool(rows.isfinite().all()):
+        if not is_finite(rows):
             raise CalibrationError(
                 f"layer {name}: its input has NaN or Inf in calibration batch {self.batch}; "
                 "run the float model on it to find out why, or leave the layer in float"

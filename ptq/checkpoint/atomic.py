@@ -52,7 +52,7 @@ def is_ours(directory: Path) -> bool:
 def is_free(directory: Path) -> bool:
     """Whether nothing is there, or an empty directory."""
     if not directory.is_dir():
-        return not os.path.lexists(directory)
+        return not directory.exists()
     return not any(directory.iterdir())
 
 

@@ -1,6 +1,7 @@
 """Pure functions and values: no modules, no files."""
 
 from ptq.core.affine import QParams, choose_qparams, dequantize, quantize
+from ptq.core.finite import is_finite
 from ptq.core.granularity import Granularity
 from ptq.core.packing import pack, packed_width, unpack
 from ptq.core.quantized_weight import QuantizedWeight
@@ -11,6 +12,7 @@ __all__ = [
     "QuantizedWeight",
     "choose_qparams",
     "dequantize",
+    "is_finite",
     "pack",
     "packed_width",
     "quantize",

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
+from ptq.core import is_finite
 from ptq.errors import CalibrationError, ModelError, UnsupportedError
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -39,7 +40,7 @@ def window_logits(model: nn.Module, window: Tensor) -> Tensor:
             "language model; remove the evaluation section for this one"
         )
     logits = logits[0, :-1]
-    if not bool(logits.isfinite().all()):
+    if not is_finite(logits):
         raise ModelError(
             f"{type(model).__name__} gives NaN or Inf logits for {window.tolist()[:8]}..."
         )
@@ -55,6 +56,8 @@ class ReferenceLogits:
 
     def __init__(self) -> None:
         self.dtype: torch.dtype | None = None
+        self._logits_dtype = torch.float32
+        self._vocabulary = 0
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> "ReferenceLogits":
@@ -77,16 +80,19 @@ class ReferenceLogits:
             logits = window_logits(model, windows[index])
             if index == 0:
                 self.dtype = next(model.parameters()).dtype
+                self._logits_dtype, self._vocabulary = logits.dtype, logits.shape[1]
                 self._check_space(logits.nbytes * len(windows))
-            save_file({"logits": logits.contiguous()}, self._path(index))
+            # As bytes: numpy knows no bfloat16, and a serializer would make a copy in memory.
+            logits.cpu().contiguous().view(torch.uint8).numpy().tofile(self._path(index))
 
     def __getitem__(self, index: int) -> Tensor:
         """Logits of one window, read (not mapped), on the CPU."""
-        return load(self._path(index).read_bytes())["logits"]
+        stored = torch.from_numpy(np.fromfile(self._path(index), dtype=np.uint8))
+        return stored.view(self._logits_dtype).view(-1, self._vocabulary)
 
     def _path(self, index: int) -> Path:
         assert self._directory is not None, "use ReferenceLogits as a context manager"
-        return Path(self._directory.name) / f"{index}.safetensors"
+        return Path(self._directory.name) / f"{index}.bin"
 
     def _check_space(self, needed: int) -> None:
         assert self._directory is not None

@@ -8,7 +8,13 @@ from ptq.model.layers import (
     replace_module,
 )
 from ptq.model.skeleton import fill_computed_buffers, skeleton
-from ptq.model.source import ModelSource, load_model, load_model_config, load_tokenizer
+from ptq.model.source import (
+    ModelSource,
+    load_float,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+)
 
 __all__ = [
     "LayerInfo",
@@ -16,6 +22,7 @@ __all__ = [
     "cast_parameters",
     "check_finite",
     "fill_computed_buffers",
+    "load_float",
     "load_model",
     "load_model_config",
     "load_tokenizer",

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ptq.core import is_finite
 from ptq.errors import ModelError
 
 
@@ -135,18 +136,12 @@ def check_finite(model: nn.Module) -> None:
         ModelError: names the first tensor with NaN or Inf.
     """
     for name, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if tensor.is_floating_point() and not is_finite(tensor):
             bad = int((~tensor.isfinite()).sum())
             raise ModelError(
                 f"tensor {name} has {bad} NaN or Inf of {tensor.numel()} values; "
                 "the model is damaged, load it from a good source"
             )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """One pass, no mask: a sum that is finite has only finite terms (and may overflow)."""
-    total = tensor.detach().sum(dtype=torch.float32)
-    return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

@@ -7,14 +7,14 @@ import struct
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from ptq.config import ModelConfig, torch_dtype
+from ptq.config import DTypeName, ModelConfig, torch_dtype
 from ptq.errors import ModelError, UnsupportedError
 from ptq.model.skeleton import model_class
 
@@ -176,6 +176,24 @@ def load_model(
     nn.Module.to(model, _device(source.options.device))
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def load_float(
+    identifier: str, *, dtype: DTypeName | Literal["auto"] = "auto", device: str = "cpu"
+) -> tuple[PreTrainedModel, Any]:
+    """A float model and its tokenizer, for notebooks.
+
+    Args:
+        identifier: hub id, local directory, .gguf file, or ``package:NAME/FILE`` for a file in an
+            installed Python package.
+        dtype: auto: as stored (GGUF files: float32).
+
+    Raises:
+        ModelError: not found or unreadable.
+        UnsupportedError: the model is already quantized.
+    """
+    source = ModelSource.resolve(ModelConfig(id=identifier, dtype=dtype, device=device))
+    return load_model(source), load_tokenizer(source)
 
 
 def _forget_gguf(model: Any) -> None:

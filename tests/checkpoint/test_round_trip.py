@@ -124,6 +124,7 @@ def test_sharded(tmp_path: Path, shard_bytes: int) -> None:
     for shard in shards:
         tensors = load_file(shard)
         assert all(index["weight_map"][key] == shard.name for key in tensors)
+        assert tensors
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= shard_bytes
         stored |= tensors
     assert stored.keys() == index["weight_map"].keys()
@@ -251,6 +252,26 @@ def test_a_plain_module_with_shared_layers(tmp_path: Path) -> None:
     assert_equal_states(model, loaded)
     assert_same(model, loaded)
     assert torch.equal(model(tiny_tokens() % 11), loaded(tiny_tokens() % 11))
+
+
+class Overlapping(nn.Module):
+    """Buffers that begin at the same byte and are not the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 8)
+        base = torch.arange(16.0)
+        self.register_buffer("whole", base)
+        self.register_buffer("part", base[:4])
+        self.register_buffer("matrix", base.view(4, 4))
+        self.register_buffer("transposed", base.view(4, 4).t())
+        self.register_buffer("bits", base.view(torch.int32))
+
+
+def test_tensors_that_merely_overlap_are_stored_each_by_itself(tmp_path: Path) -> None:
+    model = quantize_linears(Overlapping(), "w8a16")
+    assert save(model, tmp_path / "out").aliases == {}
+    assert_equal_states(model, load(tmp_path / "out", model=Overlapping()))
 
 
 def test_a_skeleton_on_the_meta_device(tmp_path: Path) -> None:

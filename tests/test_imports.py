@@ -1,0 +1,92 @@
+"""The structure: imports point down only, and importing ptq costs next to nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ptq
+
+PACKAGE = Path(ptq.__file__).parent
+RANKS = {
+    "errors": 0, "formats": 0, "core": 1,
+    "config": 2,
+    "kernels": 3, "observers": 3, "model": 3,
+    "modules": 4,
+    "calibrate": 5, "transforms": 5, "algorithms": 5,
+    "swap": 6, "planning": 6,
+    "checkpoint": 7, "evaluation": 7,
+    "report": 8,
+    "pipeline": 9,
+    "command": 10,
+}  # fmt: skip
+HEAVY = ("datasets", "matplotlib", "transformers", "pandas")
+
+
+def imported(path: Path) -> set[str]:
+    """The parts of ptq that a file imports, at its top or inside a function."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {n.split(".")[1] for n in names if n.startswith("ptq.")} & set(RANKS)
+
+
+def files() -> list[Path]:
+    return [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_part_has_a_rank() -> None:
+    assert {part(path) for path in files()} <= set(RANKS)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    own = part(path)
+    upward = {n for n in imported(path) if n != own and RANKS[n] >= RANKS[own]}
+    # Formats and core, swap and planning, share a rank without knowing each other.
+    assert not upward, f"{path} imports {upward}, which are not below {own}"
+
+
+def test_only_the_pipeline_sees_every_stage() -> None:
+    stages = {"model", "calibrate", "planning", "swap", "checkpoint", "evaluation"}
+    assert [part(p) for p in files() if stages <= imported(p)] == ["pipeline"]
+
+
+def test_importing_ptq_loads_nothing_heavy_and_no_cuda() -> None:
+    code = (
+        "import sys, ptq; "
+        f"print([m for m in {HEAVY!r} if m in sys.modules], "
+        "'torch' in sys.modules and sys.modules['torch'].cuda.is_initialized())"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.strip() == "[] False"
+
+
+def test_the_main_job_does_not_import_matplotlib_or_datasets() -> None:
+    code = f"import sys, ptq.pipeline; print([m for m in {HEAVY[:2]!r} if m in sys.modules])"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.strip() == "[]"
+
+
+def test_the_public_names_exist() -> None:
+    for name in ptq.__all__:
+        assert getattr(ptq, name) is not None
+    assert callable(ptq.plan)
+    assert callable(ptq.evaluate)
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        _ = ptq.quantise
