@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar, Protocol
 
+from pydantic import BaseModel
 from torch import Tensor
 
 from ptq.errors import CalibrationError
@@ -11,15 +12,17 @@ class Observer(Protocol):
     """Sees rows of activations and says what range to quantize.
 
     Memory does not grow with the number of rows. ``order_dependent`` says whether the range may
-    depend on the order of the rows or on how they are split into batches.
+    depend on the order of the rows or on how they are split into batches. ``Options`` is the
+    pydantic model, ``extra="forbid"``, that checks the options in the configuration.
     """
 
     order_dependent: ClassVar[bool]
+    Options: ClassVar[type[BaseModel]]
 
     def __init__(self, channels: int | None, options: Any) -> None: ...
 
     def update(self, rows: Tensor) -> None:
-        """Take in rows [R, C] (floating point, R may be 0)."""
+        """Take in rows [R, C]: floating point, finite; R may be 0, which changes nothing."""
         ...
 
     def range(self) -> tuple[Tensor, Tensor]:
@@ -36,10 +39,12 @@ def extremes(rows: Tensor, channels: int | None) -> tuple[Tensor, Tensor]:
     if channels is None:
         low, high = rows.aminmax()
         return low.float().reshape(1), high.float().reshape(1)
-    low, high = rows.aminmax(dim=0)
-    return low.float(), high.float()
+    # aminmax(dim=0) takes ten times as long as both of these on a CPU.
+    return rows.amin(0).float(), rows.amax(0).float()
 
 
 def nothing_seen() -> CalibrationError:
     """The error of an observer that is asked before it saw a row."""
-    return CalibrationError("an observer saw no rows: the calibration batches are empty or masked")
+    return CalibrationError(
+        "an observer saw no rows: the calibration batches are empty or masked; give more data"
+    )

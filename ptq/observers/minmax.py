@@ -19,6 +19,7 @@ class MinMax:
     """Exact extremes: nothing that was seen saturates."""
 
     order_dependent: ClassVar[bool] = False
+    Options: ClassVar[type[BaseModel]] = MinMaxOptions
 
     def __init__(self, channels: int | None, options: MinMaxOptions) -> None:
         self.channels = channels

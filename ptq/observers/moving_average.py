@@ -9,16 +9,20 @@ from ptq.observers.base import extremes, nothing_seen
 
 
 class MovingAverageOptions(BaseModel):
-    """How slowly the average moves."""
+    """``momentum``: the weight of what was seen before, against one batch."""
 
     model_config = ConfigDict(extra="forbid")
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
 
 class MovingAverage:
-    """``momentum`` of the old range and the rest of the new batch's, once a batch."""
+    """``momentum`` of the old range and the rest of the new batch's, once a batch.
+
+    The first batch sets the range. A value that only one batch has may lie outside the range.
+    """
 
     order_dependent: ClassVar[bool] = True
+    Options: ClassVar[type[BaseModel]] = MovingAverageOptions
 
     def __init__(self, channels: int | None, options: MovingAverageOptions) -> None:
         self.channels = channels

@@ -1,0 +1,196 @@
+"""Perplexity, divergence and their interval, against independent computations in float64."""
+
+import math
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ptq
+from ptq.calibrate import TokenSet
+from ptq.errors import CalibrationError, ModelError, UnsupportedError
+from ptq.evaluation import Evaluation, Perplexity, ReferenceLogits, compare, evaluate, sample
+from ptq.evaluation.statistics import TokenStatistics, nll, ratio_interval, student_t
+from tests.helpers import tiny_bert, tiny_llama
+from tests.tiny import tiny_tokenizer
+
+
+def windows(count: int = 3, length: int = 50) -> TokenSet:
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randint(0, 97, (count, length), generator=generator)
+    return TokenSet(tuple(rows), "abc", 1, ("made",))
+
+
+def logits64(model: nn.Module, window: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=window[None]).logits[0, :-1].double()
+
+
+def test_perplexity_against_cross_entropy_in_float64() -> None:
+    model, data = tiny_llama(), windows()
+    total = sum(
+        nn.functional.cross_entropy(logits64(model, w), w[1:], reduction="sum").item()
+        for w in data.sequences
+    )
+    result = evaluate(model, data)
+    assert isinstance(result, Perplexity)
+    assert result.perplexity == pytest.approx(math.exp(total / (3 * 49)), rel=1e-6)
+    assert result.protocol.tokens_scored == 3 * 49
+
+
+def test_divergence_and_agreement_against_torch_distributions() -> None:
+    model, other, data = tiny_llama(), tiny_llama(seed=1), windows()
+    p = torch.cat([logits64(model, w) for w in data.sequences])
+    q = torch.cat([logits64(other, w) for w in data.sequences])
+    categorical = torch.distributions.Categorical
+    exact = torch.distributions.kl_divergence(categorical(logits=p), categorical(logits=q))
+    result = compare(other, data, model)
+    assert result.kl_mean == pytest.approx(exact.mean().item(), rel=1e-5)
+    rank = math.ceil(0.99 * len(exact))
+    assert result.kl_p99 == pytest.approx(exact.sort().values[rank - 1].item(), rel=1e-5)
+    agreement = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    assert result.top1_agreement == agreement
+    assert result.ratio == pytest.approx(result.quantized_perplexity / result.float_perplexity)
+
+
+def test_a_model_against_itself() -> None:
+    result = compare(tiny_llama(), windows(), tiny_llama())
+    assert result.ratio == 1
+    assert result.ratio_low == result.ratio_high == 1
+    assert result.kl_mean == 0
+    assert result.top1_agreement == 1
+
+
+def test_damage_shows() -> None:
+    data, model = windows(6, 200), tiny_llama()
+    # Windows that the model itself finds likely, so that damage can only hurt.
+    likely = TokenSet(
+        tuple(torch.cat((w[:1], logits64(model, w).argmax(-1))) for w in data.sequences),
+        "x", 1, (),
+    )  # fmt: skip
+    damaged = tiny_llama()
+    ptq.quantize(damaged, "w2a16-g16")
+    result = compare(damaged, likely, model)
+    assert result.ratio > 1
+    assert result.ratio_low < result.ratio < result.ratio_high
+    assert result.kl_mean > 0
+    assert result.top1_agreement < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_logits_are_the_live_ones(dtype: torch.dtype) -> None:
+    model, other, data = tiny_llama(dtype=dtype), tiny_llama(seed=1, dtype=dtype), windows()
+    with ReferenceLogits() as recorded:
+        recorded.record(model, data.sequences)
+        assert compare(other, data, recorded) == compare(other, data, model)
+        assert torch.equal(recorded[2].double(), logits64(model, data.sequences[2]))
+
+
+def test_temporary_files_are_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def record_and_fail() -> None:
+        with ReferenceLogits() as recorded:
+            recorded.record(tiny_llama(), windows().sequences)
+            assert list(tmp_path.iterdir())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        record_and_fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_too_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with ReferenceLogits() as recorded, pytest.raises(CalibrationError, match="lower evaluation"):
+        recorded.record(tiny_llama(), windows().sequences)
+
+
+def test_a_model_without_logits_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="needs a causal language model"):
+        evaluate(tiny_bert(), windows())
+
+
+def test_nan_logits_are_refused() -> None:
+    model = tiny_llama()
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(ModelError, match="NaN"):
+        evaluate(model, windows())
+
+
+def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("w1 w2 w3 w4 " * 40)
+    with pytest.raises(CalibrationError, match="tokenizer"):
+        evaluate(tiny_llama(), str(path))
+    result = evaluate(tiny_llama(), str(path), tokenizer=tiny_tokenizer(), windows=9, context=40)
+    assert result.protocol.windows == 4
+
+
+def test_row_chunks_do_not_change_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, q = torch.randn(150, 30), torch.randn(150, 30)
+    targets = torch.randint(0, 30, (150,))
+    found = []
+    for rows in (7, 64, 1000):
+        monkeypatch.setattr("ptq.evaluation.statistics._ROWS", rows)
+        statistics = TokenStatistics()
+        statistics.add(p, q, targets)
+        found.append((statistics.divergence[0], statistics.quantized_nll[0], nll(q, targets)))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "table"),
+    # Two-sided 95% values of any table of Student's t.
+    [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (1000, 1.962)],
+)
+def test_student_t_against_the_table(degrees: int, table: float) -> None:
+    assert student_t(0.975, degrees) == pytest.approx(table, rel=0.01)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    """Correlated neighbours, as in text: 95% of the intervals hold the true mean, within 4 sigma
+    of the binomial spread over 400 repetitions (and a little for what correlation is left)."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(400):
+        steps = torch.randn(12, 512, generator=generator)
+        smooth = nn.functional.avg_pool1d(steps[:, None], 5, stride=1)[:, 0]
+        low, high = ratio_interval(list(smooth + 0.1))
+        covered += low <= math.exp(0.1) <= high
+    assert 0.95 - 4 * math.sqrt(0.95 * 0.05 / 400) - 0.01 <= covered / 400
+
+
+def test_one_block_says_nothing_about_spread() -> None:
+    assert ratio_interval([torch.randn(40)]) == (0.0, math.inf)
+
+
+def test_results_print_and_serialise() -> None:
+    result = compare(tiny_llama(seed=1), windows(), tiny_llama())
+    assert isinstance(result, Evaluation)
+    assert "ratio [95%]" in str(result)
+    assert "<table>" in result._repr_html_()
+    assert result.to_dict()["protocol"]["tokens_sha256"] == "abc"
+
+
+def test_sample_gives_new_tokens_only() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    model = tiny_llama()
+    model.generation_config.eos_token_id = None
+    made = sample(model, tokenizer, "w3 w4", 5)
+    assert made.new_tokens == 5
+    assert not made.text.startswith("w3 w4 ")
+    assert sample(model, tokenizer, "w3 w4", 5, chat=True).new_tokens == 5
+
+
+def test_sample_refuses_what_cannot_generate() -> None:
+    with pytest.raises(UnsupportedError, match="does not generate"):
+        sample(tiny_bert(), tiny_tokenizer(), "w3", 5)
+    with pytest.raises(ModelError, match="chat template"):
+        sample(tiny_llama(), tiny_tokenizer(), "w3", 5, chat=True)

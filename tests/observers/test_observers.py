@@ -1,0 +1,149 @@
+"""Every observer: fixed memory, independence of the batches, and the range it promises."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ptq.config import Plugin
+from ptq.errors import CalibrationError, ConfigError
+from ptq.observers import OBSERVERS, Observer, make_observer
+
+INDEPENDENT = [name for name, (cls, _) in OBSERVERS.items() if not cls.order_dependent]
+CHANNELS = (None, 6)
+
+
+def observe(name: str, parts: list[Tensor], channels: int | None, **options: object) -> Observer:
+    observer = make_observer(Plugin(name=name, options=options), channels)
+    for part in parts:
+        observer.update(part)
+    return observer
+
+
+def rows(count: int, seed: int = 0, spread: float = 1.0) -> Tensor:
+    """Heavy tails, so that ranges grow several times."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 6, generator=generator)
+    return x * torch.exp(spread * torch.randn(count, 6, generator=generator))
+
+
+def state_bytes(observer: Observer) -> int:
+    return sum(v.nbytes for v in vars(observer).values() if isinstance(v, Tensor))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    cuts=st.lists(st.integers(0, 200), max_size=6),
+    name=st.sampled_from(INDEPENDENT),
+    channels=st.sampled_from(CHANNELS),
+    spread=st.floats(0, 4),
+)
+def test_the_range_does_not_depend_on_batches_or_order(
+    seed: int, cuts: list[int], name: str, channels: int | None, spread: float
+) -> None:
+    x = rows(200, seed, spread)
+    whole = observe(name, [x], channels).range()
+    shuffled = x[torch.randperm(200, generator=torch.Generator().manual_seed(seed))]
+    parts = list(torch.tensor_split(shuffled, sorted(cuts)))
+    for a, b in zip(whole, observe(name, parts, channels).range(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_memory_does_not_grow(name: str, channels: int | None) -> None:
+    few = observe(name, [rows(50)], channels)
+    many = observe(name, [rows(50, seed) * 1000 for seed in range(30)], channels)
+    assert state_bytes(few) == state_bytes(many)
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shapes_and_dtypes(name: str, channels: int | None, dtype: torch.dtype) -> None:
+    low, high = observe(name, [rows(50).to(dtype)], channels).range()
+    assert low.shape == high.shape == ((1,) if channels is None else (6,))
+    assert low.dtype == high.dtype == torch.float32
+    assert (low <= high).all()
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_no_rows_is_an_error_and_empty_batches_change_nothing(name: str) -> None:
+    with pytest.raises(CalibrationError, match="saw no rows"):
+        observe(name, [torch.empty(0, 6)], None).range()
+    with_empty = observe(name, [rows(20), torch.empty(0, 6), rows(20, 1)], None)
+    assert with_empty.range() == observe(name, [rows(20), rows(20, 1)], None).range()
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_constant_and_zero_inputs(name: str) -> None:
+    for value in (0.0, 2.5, -1e-30):
+        low, high = observe(name, [torch.full((10, 6), value)], None).range()
+        assert low == high == torch.tensor(value)
+
+
+def test_minmax_is_exact() -> None:
+    x = rows(100)
+    low, high = observe("minmax", [x], 6).range()
+    assert torch.equal(low, x.min(0).values)
+    assert torch.equal(high, x.max(0).values)
+
+
+def test_moving_average_by_its_definition() -> None:
+    parts = [rows(10, seed) for seed in range(4)]
+    expected = parts[0].min().item()
+    for part in parts[1:]:
+        expected = 0.8 * expected + 0.2 * part.min().item()
+    low, _ = observe("moving_average", parts, None, momentum=0.8).range()
+    assert low.item() == pytest.approx(expected, rel=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    percentile=st.sampled_from([75.0, 90.0, 99.0, 99.9, 100.0]),
+    spread=st.floats(0, 2),
+)
+def test_percentile_against_numpy(seed: int, percentile: float, spread: float) -> None:
+    """Within one bin (1/2048 of the largest value at most) of the order statistics around it."""
+    x = rows(500, seed, spread)
+    low, high = observe("percentile", [x], None, percentile=percentile).range()
+    values = x.numpy().ravel()
+    width = np.abs(values).max() / 2048
+    for found, share in ((high, percentile), (low, 100 - percentile)):
+        below = np.percentile(values, share, method="lower")
+        above = np.percentile(values, share, method="higher")
+        assert below - width <= found.item() <= above + width
+
+
+def test_percentile_of_100_keeps_everything() -> None:
+    x = rows(300, spread=3)
+    low, high = observe("percentile", list(x.split(7)), None, percentile=100).range()
+    assert low == x.min()
+    assert high == x.max()
+
+
+def test_percentile_per_channel_is_that_of_each_channel() -> None:
+    x = rows(400) * torch.logspace(-3, 3, 6)
+    low, high = observe("percentile", [x], 6, percentile=99).range()
+    for channel in range(6):
+        alone = observe("percentile", [x[:, channel : channel + 1]], None, percentile=99).range()
+        assert (low[channel], high[channel]) == alone
+
+
+@pytest.mark.parametrize(
+    ("plugin", "expected"),
+    [
+        (Plugin(name="minimax"), "did you mean 'minmax'"),
+        (Plugin(name="percentile", options={"percentil": 99}), "percentil"),
+        (Plugin(name="percentile", options={"percentile": 30}), "greater than 50"),
+        (Plugin(name="moving_average", options={"momentum": 1}), "less than 1"),
+        (Plugin(name="minmax", options={"x": 1}), "options: none"),
+    ],
+)
+def test_mistakes(plugin: Plugin, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        make_observer(plugin)
