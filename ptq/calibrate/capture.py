@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptq.calibrate.inputs import all_finite, batches_of, call, padding_mask, unmasked_rows
 from ptq.config import Plugin
-from ptq.core import is_finite
 from ptq.errors import CalibrationError
 from ptq.observers import Observer, make_observer
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerStatistics:
     """What calibration saw of one layer's input.
 
@@ -36,21 +36,22 @@ class _Watch:
 
     observers: dict[str, Observer]
     rows: dict[str, int]
-    batch: int = 0
+    batches: int = 0
     mask: Tensor | None = field(default=None, repr=False)
 
     def see(self, name: str, x: Tensor) -> None:
-        rows = _unmasked(x.detach(), self.mask)
-        if not is_finite(rows):
+        rows = unmasked_rows(x.detach(), self.mask)
+        if not all_finite(rows):
             raise CalibrationError(
-                f"layer {name}: its input has NaN or Inf in calibration batch {self.batch}; "
-                "run the float model on it to find out why, or leave the layer in float"
+                f"layer {name}: its input has NaN or Inf in calibration batch {self.batches - 1} "
+                "(counted from 0); run the float model on it to find out why, or leave the layer "
+                "in float"
             )
         self.observers[name].update(rows)
         self.rows[name] += rows.shape[0]
 
 
-@torch.no_grad()
+@torch.no_grad()  # not inference_mode: a model may keep a tensor, which must stay an ordinary one
 def collect(
     model: nn.Module,
     layers: Sequence[str],
@@ -60,7 +61,7 @@ def collect(
     per_channel: bool = False,
     progress: Progress = iter,
 ) -> dict[str, LayerStatistics]:
-    """Observe the inputs of the named linear layers.
+    """Observe the inputs of the named linear layers; the model is left as it was found.
 
     Args:
         data: batches: a tensor, a tuple of positional arguments, or a mapping of keyword
@@ -69,30 +70,46 @@ def collect(
         per_channel: one range for each input channel.
 
     Raises:
-        CalibrationError: no batch; NaN or Inf (layer and batch are named); a layer not reached.
+        CalibrationError: no batch, or not a batch; NaN or Inf (layer and batch are named); a
+            layer that is not there or was not reached.
+        ConfigError: no such observer or option.
     """
-    modules = {name: model.get_submodule(name) for name in layers}
+    modules = {name: _linear(model, name) for name in layers}
     observers = {
-        name: make_observer(observer, int(m.in_features) if per_channel else None)  # type: ignore[arg-type]
-        for name, m in modules.items()
+        name: make_observer(observer, linear.in_features if per_channel else None)
+        for name, linear in modules.items()
     }
-    watch = _Watch(observers, dict.fromkeys(layers, 0))
+    watch = _Watch(observers, dict.fromkeys(modules, 0))
+    batches = progress(batches_of(data))
     with _watching(modules, watch), _in_eval_mode(model):
-        for index, batch in enumerate(progress(data)):
-            watch.batch = index
-            _run(model, batch, watch)
+        for index, batch in enumerate(batches):
+            watch.batches, watch.mask = index + 1, padding_mask(batch)
+            call(model, batch, index)
     _refuse_unreached(watch)
-    return {name: LayerStatistics(*observers[name].range(), watch.rows[name]) for name in layers}
+    return {name: LayerStatistics(*observers[name].range(), watch.rows[name]) for name in modules}
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise CalibrationError(f"there is no layer {name} in the {type(model).__name__}") from None
+    if not isinstance(module, nn.Linear):
+        raise CalibrationError(f"layer {name} is a {type(module).__name__}, not an nn.Linear")
+    return module
 
 
 @contextmanager
 def _watching(modules: Mapping[str, nn.Module], watch: _Watch) -> Iterator[None]:
     """Hooks on the layers, taken off whatever happens."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _module, inputs: watch.see(name, inputs[0])
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda _, args, kwargs: watch.see(name, args[0] if args else kwargs["input"])
 
-    handles = [m.register_forward_pre_hook(hook(name)) for name, m in modules.items()]
+    handles = [
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, module in modules.items()
+    ]
     try:
         yield
     finally:
@@ -111,43 +128,14 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _run(model: nn.Module, batch: Any, watch: _Watch) -> None:
-    parameter = next(model.parameters())
-    watch.mask = None
-    if isinstance(batch, Mapping):
-        arguments = {k: _to(v, parameter.device) for k, v in batch.items()}
-        mask = arguments.get("attention_mask")
-        watch.mask = None if mask is None else mask.bool()
-        if hasattr(getattr(model, "config", None), "use_cache"):
-            arguments.setdefault("use_cache", False)
-        model(**arguments)
-    elif isinstance(batch, tuple | list):
-        model(*[_to(v, parameter.device) for v in batch])
-    else:
-        model(_to(batch, parameter.device))
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows [R, C] of x that are not padding."""
-    rows = x.reshape(-1, x.shape[-1])
-    if mask is None:
-        return rows
-    if x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel()):
-        return rows[mask.reshape(-1)]
-    return rows
-
-
 def _refuse_unreached(watch: _Watch) -> None:
+    if watch.batches == 0:
+        raise CalibrationError("calibration got no batches; give some, and a generator only once")
     unreached = [name for name, rows in watch.rows.items() if rows == 0]
-    if len(unreached) == len(watch.rows):
-        raise CalibrationError("calibration saw no rows: there are no batches, or all are masked")
     if unreached:
         raise CalibrationError(
-            f"calibration never reached {', '.join(unreached[:5])}"
-            f"{' and others' if len(unreached) > 5 else ''}: they cannot have static scales; "
-            "give data that reaches them, or a rule with dynamic activations or float"
+            f"calibration gave no rows to {', '.join(unreached[:5])}"
+            f"{f' and {len(unreached) - 5} others' if len(unreached) > 5 else ''} in "
+            f"{watch.batches} batches: they cannot have static scales; give data that reaches "
+            "them (padding does not count), or a rule with dynamic activations or float"
         )

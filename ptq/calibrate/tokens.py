@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq.calibrate.sources import Document, load_documents
+from ptq.calibrate.documents import Document
+from ptq.calibrate.sources import load_documents
 from ptq.config import CalibrationConfig, EvaluationConfig
 from ptq.errors import CalibrationError
 
 _SHORTEST = 16  # tokens; shorter pieces of a document are left out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenSet:
     """Token sequences and where they came from.
 
@@ -106,11 +107,21 @@ def _tokenize(documents: Sequence[Document], tokenizer: Any) -> Iterator[Tensor]
 
 
 def _chat_ids(document: Document, tokenizer: Any) -> list[int]:
-    if tokenizer.chat_template is None:
+    from jinja2 import TemplateError
+
+    if getattr(tokenizer, "chat_template", None) is None:
         raise CalibrationError(
             "the data has chat messages, but the tokenizer has no chat template; use text instead"
         )
-    text = tokenizer.apply_chat_template(list(document.messages or ()), tokenize=False)
+    messages = list(document.messages or ())
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in messages[:4])
+        raise CalibrationError(
+            f"the tokenizer's chat template refuses a conversation (roles {roles} ...): {error}"
+        ) from None
+    # The template writes the special tokens itself.
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
@@ -120,7 +131,9 @@ def _token_set(sequences: list[Tensor], documents: int, source: Sequence[str]) -
     for sequence in sequences:
         digest.update(len(sequence).to_bytes(8, "little"))
         digest.update(sequence.numpy().tobytes())
-    return TokenSet(tuple(sequences), digest.hexdigest(), documents, tuple(source))
+    # Copies, because a view would keep the whole text's ids alive.
+    copies = tuple(sequence.clone() for sequence in sequences)
+    return TokenSet(copies, digest.hexdigest(), documents, tuple(source))
 
 
 def batches(

@@ -77,7 +77,7 @@ class Percentile:
         # [C] where per channel: each channel has its own stretch of the flat counts.
         start = self.bins + torch.arange(len(counts), device=rows.device) * counts.shape[1]
         width = self._width()
-        for part in rows.split(max(1, _AT_ONCE // rows.shape[1])):
+        for part in torch.split(rows, max(1, _AT_ONCE // rows.shape[1])):
             # Exact: float64 holds the quotient by a power of two of any float32.
             bins = (part.double() / width).floor_().to(torch.int32).add_(start).reshape(-1)
             if self.channels is None:
