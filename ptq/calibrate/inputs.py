@@ -63,6 +63,10 @@ def call(model: nn.Module, batch: Any, index: int) -> None:
         )
 
 
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 def padding_mask(batch: Any) -> Tensor | None:
     """bool [B, T], false where padded; None where the batch has no such mask or no padding."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
