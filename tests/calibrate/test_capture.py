@@ -93,13 +93,28 @@ def test_nan_names_the_layer_and_the_batch() -> None:
 
 
 def test_a_layer_that_is_never_reached_is_named() -> None:
-    with pytest.raises(CalibrationError, match="never reached unused"):
+    with pytest.raises(CalibrationError, match="gave no rows to unused in 1 batches"):
         collect(Flat(), ["linear", "unused"], [torch.ones(2, 3, 4)], MINMAX)
 
 
 def test_no_batches() -> None:
-    with pytest.raises(CalibrationError, match="saw no rows"):
+    with pytest.raises(CalibrationError, match="got no batches"):
         collect(Flat(), ["linear"], [], MINMAX)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (torch.ones(2, 3, 4), "a single Tensor, expected several"),
+        ({"x": torch.ones(2, 3, 4)}, "a single dict, expected several"),
+        ("text.txt", "text goes into the configuration"),
+        (5, "int is not iterable"),
+        ([5], "batch 0 is a int; expected a tensor"),
+    ],
+)
+def test_what_is_no_list_of_batches(data: object, expected: str) -> None:
+    with pytest.raises(CalibrationError, match=expected):
+        collect(Flat(), ["linear"], data, MINMAX)  # type: ignore[arg-type]
 
 
 def test_training_mode_and_hooks_are_put_back() -> None:

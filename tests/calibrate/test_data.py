@@ -71,9 +71,9 @@ def write(path: Path, content: str | bytes) -> str:
         ("a.txt", b"caf\xe9", "not UTF-8 text .byte 3"),
         ("a.jsonl", '{"text": "x"}\n{"text": \n', "line 2"),
         ("a.jsonl", '{"body": "x"}', "there are body; name one with 'column:'"),
-        ("a.jsonl", '"just a string"', "row 1: expected an object"),
-        ("a.jsonl", '{"text": 5}', "neither text nor messages"),
-        ("a.jsonl", '{"messages": [{"role": "user"}]}', "neither text nor messages"),
+        ("a.jsonl", '"just a string"', "line 1: expected an object"),
+        ("a.jsonl", '{"text": 5}', "expected a text, or a list of messages"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', "a list of messages with role"),
         ("a.json", '{"text": "x"}', "expected a list"),
         ("a.parquet", b"not parquet at all", "not a whole Parquet file"),
     ],
@@ -92,11 +92,12 @@ def test_missing_sources(tmp_path: Path) -> None:
         load_documents(["nope.txt"])
     with pytest.raises(CalibrationError, match="holds no"):
         load_documents([str(tmp_path)])
-    with pytest.raises(CalibrationError, match="no file or directory here, and as a datasets id"):
+    with pytest.raises(CalibrationError, match="no file or directory here, and cannot be"):
         load_documents(["nobody/no-such-data"])
     DatasetDict({"train": Dataset.from_dict({"text": TEXTS})}).save_to_disk(tmp_path / "d")
-    with pytest.raises(CalibrationError, match="several splits"):
-        load_documents([str(tmp_path / "d")])
+    assert [d.text for d in load_documents([str(tmp_path / "d")])] == TEXTS
+    with pytest.raises(CalibrationError, match="no split 'test'; there are train"):
+        load_documents([str(tmp_path / "d")], split="test")
 
 
 def test_column(tmp_path: Path) -> None:
