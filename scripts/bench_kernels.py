@@ -30,7 +30,7 @@ SCHEMES = ("w8a8", "w8a16", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64")
 ROWS = (1, 4, 8, 16, 32, 128, 512)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cache-mb", type=int, default=64, help="bytes that copies must exceed")
     parser.add_argument("--seconds", type=float, default=0.6, help="time for one cell")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def float_layers(n: int, k: int, dtype: torch.dtype, copies: int) -> list[nn.Module]:
@@ -120,8 +120,8 @@ def show(row: dict[str, object]) -> str:
 
 
 @torch.no_grad()
-def main() -> int:
-    options = parse_arguments()
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
     rows: list[dict[str, object]] = []
     for shape in options.shapes:
         n, k = map(int, shape.split("x"))

@@ -1,6 +1,6 @@
 """CPU kernels over int8 codes: torch's integer matmul, and its weight-only GEMV."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class IntMM:
 
     def extra_bytes(self, spec: LinearSpec) -> int:
         unpacked = 0 if spec.format.bits == 8 else spec.n * spec.k
-        return unpacked + 4 * spec.n
+        return unpacked + (4 if spec.symmetric else 8) * spec.n
 
 
 def integer_reason(spec: LinearSpec) -> str | None:
@@ -91,6 +91,22 @@ def max_columns(spec: LinearSpec) -> int:
     assert spec.activations is not None
     factor_bits = 14 + (not spec.symmetric) + (not spec.activations.symmetric)
     return 1 << (31 - factor_bits)
+
+
+@dataclass(frozen=True)
+class Int8Packed:
+    """int8 codes [N, K], which are the canonical ones, and their scale ``exponent * scale``.
+
+    Args:
+        exponent: [N], a power of two, which the op applies.
+        scale: float32 [1, N], which is applied to the op's result.
+        zero_point: float32 [1, N], times the exponent.
+    """
+
+    codes: Tensor
+    exponent: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -117,24 +133,24 @@ class Int8Pack:
             return f"M={spec.m} > {self.rows}: slower than dequantizing"
         return None
 
-    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> tuple[IntCodes, Tensor]:
-        codes = int_codes(weight)
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Int8Packed:
+        scale = weight.scale.float().reshape(1, -1).expand(1, weight.shape[0])
         # A power of two is exact in 16 bits, and keeps the op's result in their range.
-        exponent = torch.exp2(codes.scale.abs().log2().floor()).clamp_(min=2.0**-24)
-        exponent = exponent.expand(1, weight.shape[0])
-        rest = replace(codes, scale=codes.scale / exponent)
-        return rest, exponent.reshape(-1).to(_narrow(dtype))
+        exponent = torch.exp2(scale.abs().log2().floor()).clamp_(min=2.0**-24)
+        zero_point = weight.zero_point
+        if zero_point is not None:
+            zero_point = zero_point.reshape(1, -1) * exponent
+        return Int8Packed(
+            weight.codes, exponent.reshape(-1).to(_narrow(dtype)), scale / exponent, zero_point
+        )
 
-    def linear(
-        self, x: Activation, prepared: tuple[IntCodes, Tensor], dtype: torch.dtype
-    ) -> Tensor:
-        weight, exponent = prepared
-        values, row_scale = x.as_float(exponent.dtype)
-        y = torch._weight_int8pack_mm(values.contiguous(), weight.codes, exponent).float()
-        if weight.zero_point is not None:
-            row_sum = values.float().sum(dim=1, keepdim=True)
-            y -= row_sum * (weight.zero_point * exponent.float())
-        y *= weight.scale
+    def linear(self, x: Activation, prepared: Int8Packed, dtype: torch.dtype) -> Tensor:
+        values, row_scale = x.as_float(prepared.exponent.dtype)
+        y = torch._weight_int8pack_mm(values.contiguous(), prepared.codes, prepared.exponent)
+        y = y.float()
+        if prepared.zero_point is not None:
+            y -= values.float().sum(dim=1, keepdim=True) * prepared.zero_point
+        y *= prepared.scale
         return (y if row_scale is None else y * row_scale).to(dtype)
 
     def tolerance(self, spec: LinearSpec) -> float:
@@ -142,7 +158,7 @@ class Int8Pack:
         return (4 if spec.symmetric else 8) * torch.finfo(_narrow(spec.dtype)).eps
 
     def extra_bytes(self, spec: LinearSpec) -> int:
-        return spec.n * (4 + _narrow(spec.dtype).itemsize)
+        return spec.n * ((4 if spec.symmetric else 8) + _narrow(spec.dtype).itemsize)
 
 
 def _narrow(dtype: torch.dtype) -> torch.dtype:

@@ -49,7 +49,8 @@ class CudaIntMM:
         return torch.finfo(spec.dtype).eps + 4 * torch.finfo(torch.float32).eps
 
     def extra_bytes(self, spec: LinearSpec) -> int:
-        return 4 * spec.n + (0 if spec.format.bits == 8 else spec.n * spec.k)
+        unpacked = 0 if spec.format.bits == 8 else spec.n * spec.k
+        return unpacked + (4 if spec.symmetric else 8) * spec.n
 
 
 @dataclass(frozen=True)

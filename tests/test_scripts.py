@@ -1,0 +1,99 @@
+"""The other scripts, as a user calls them."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import ptq
+from ptq.model import load_tokenizer
+from tests.tiny import tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def checkpoint(tiny_model: Path, tmp_path: Path) -> Path:
+    model, tokenizer = ptq.load_float(str(tiny_model))
+    ptq.quantize(model, "w8a16")
+    ptq.save(model, tmp_path / "out", tokenizer=tokenizer)
+    return tmp_path / "out"
+
+
+def test_evaluate_model(
+    checkpoint: Path,
+    tiny_model: Path,
+    tiny_texts: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [str(checkpoint), "--data", str(tiny_texts[1]), "--context", "64"]
+    figures = tmp_path / "figures.json"
+    extra = ["--reference", str(tiny_model), "--explain", "--json", str(figures)]
+    assert script("evaluate_model").main([*arguments, *extra]) == 0
+    shown = capsys.readouterr().out
+    assert "int8pack" in shown
+    assert "perplexity" in shown
+    found = json.loads(figures.read_text())
+    assert found["protocol"]["context"] == 64
+    # Random weights: an int8 model is all but its float model.
+    assert abs(found["ratio"] - 1) < 0.01
+    assert script("evaluate_model").main(arguments) == 0
+    assert "ratio" not in capsys.readouterr().out
+
+
+def test_evaluate_model_mistakes(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, expected in (
+        ([str(tmp_path / "nowhere"), "--data", "x.txt"], "nowhere"),
+        ([str(checkpoint), "--data", "./x.txt"], "no calibration or evaluation file"),
+    ):
+        assert script("evaluate_model").main(arguments) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_bench_accuracy(
+    tiny_model: Path,
+    tiny_texts: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    figures = tmp_path / "figures.json"
+    arguments = ["--model", str(tiny_model), "--data", str(tiny_texts[1]), "--context", "64"]
+    arguments += ["--calibration", str(tiny_texts[0]), "--schemes", "w8a16", "w8a8-static"]
+    arguments += ["--samples", "8"]
+    assert script("bench_accuracy").main([*arguments, "--json", str(figures)]) == 0
+    rows = json.loads(figures.read_text())["rows"]
+    assert [row["scheme"] for row in rows] == ["w8a16", "w8a8-static"]
+    shown = capsys.readouterr().out
+    assert "| w8a16 | 1.0" in shown or "| w8a16 | 0.99" in shown
+    assert rows[0]["kl_mean"] < rows[1]["kl_mean"]
+
+
+def test_bench_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = tmp_path / "figures.json"
+    module = script("bench_kernels")
+    options = ["--shapes", "64x64", "--rows", "1", "--schemes", "w8a16", "--cache-mb", "1"]
+    assert module.main([*options, "--seconds", "0.01", "--json", str(figures)]) == 0
+    assert json.loads(figures.read_text())
+    assert "w8a16" in capsys.readouterr().out
+
+
+def test_tokenizer_of_a_checkpoint_is_the_models(checkpoint: Path) -> None:
+    from ptq.config import ModelConfig
+    from ptq.model import ModelSource
+
+    loaded = load_tokenizer(ModelSource(str(checkpoint), None, ModelConfig(id="-")))
+    assert loaded("w5 w6")["input_ids"] == tiny_tokenizer()("w5 w6")["input_ids"]
