@@ -20,7 +20,7 @@ def check_target(directory: str | Path, overwrite: bool, needed_bytes: int) -> P
 
     Raises:
         CheckpointError: something that is not a ptq checkpoint is there, or one without
-            ``overwrite``; the parent is missing or not writable; the disk is too full.
+            ``overwrite``; it cannot be made where it is to be; the disk is too full.
     """
     target = Path(os.path.realpath(Path(directory).expanduser()))
     _check_parent(target)
@@ -35,7 +35,7 @@ def check_target(directory: str | Path, overwrite: bool, needed_bytes: int) -> P
         raise CheckpointError(f"{target} is a {kind}, it stays as it is; choose another directory")
     if os.path.ismount(target):
         raise CheckpointError(f"{target} is a mount point; choose a directory below it")
-    disk = os.statvfs(target.parent)
+    disk = os.statvfs(_existing(target))
     free = disk.f_bavail * disk.f_frsize
     if disk.f_blocks and free < needed_bytes:  # some network disks do not know their size
         raise CheckpointError(
@@ -45,10 +45,17 @@ def check_target(directory: str | Path, overwrite: bool, needed_bytes: int) -> P
     return target
 
 
+def _existing(target: Path) -> Path:
+    """The nearest directory above the target that is there; those below it are made when saving."""
+    return next(parent for parent in target.parents if parent.exists())
+
+
 def _check_parent(target: Path) -> None:
-    parent = target.parent
+    parent = _existing(target)
     if not parent.is_dir():
-        raise CheckpointError(f"{parent} is not a directory; make it first: mkdir -p {parent}")
+        raise CheckpointError(
+            f"{target} cannot be made: {parent} is a file; choose another directory"
+        )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"{parent} is not writable; choose another directory")
     try:

@@ -1,11 +1,11 @@
 """What is said before hours of work about a directory that cannot be written."""
 
 import os
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file
 from torch import nn
 
 from ptq.checkpoint import check_target, save
@@ -44,7 +44,7 @@ def test_a_foreign_directory_or_file_is_never_touched(tmp_path: Path, overwrite:
     (tmp_path / "dangling").symlink_to(tmp_path / "file" / "x")
     refuses(tmp_path / "thesis", "directory that ptq did not write", overwrite=overwrite)
     refuses(tmp_path / "file", "is a file, it stays", overwrite=overwrite)
-    refuses(tmp_path / "dangling", "not a directory", overwrite=overwrite)
+    refuses(tmp_path / "dangling", "cannot be made: .*file is a file", overwrite=overwrite)
     model = quantize_linears(nn.Sequential(nn.Linear(8, 8)), "w8a16")
     for name in ("thesis", "file"):
         with pytest.raises(CheckpointError):
@@ -55,8 +55,13 @@ def test_a_foreign_directory_or_file_is_never_touched(tmp_path: Path, overwrite:
 
 
 def test_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = re.escape(str(tmp_path / "no"))
-    refuses(tmp_path / "no" / "out", f"{missing} is not a directory; .*mkdir -p {missing}")
+    deep = tmp_path / "no" / "such" / "out"
+    assert check_target(deep, False, 1) == deep
+    assert not os.listdir(tmp_path), "a check makes nothing"
+    save(quantize_linears(nn.Sequential(nn.Linear(8, 8)), "w8a16"), deep)
+    assert load_file(deep / "model.safetensors")
+    (tmp_path / "file").write_text("mine")
+    refuses(tmp_path / "file" / "out", f"cannot be made: {tmp_path / 'file'} is a file")
     monkeypatch.setattr(os, "access", lambda *_: False)
     refuses(tmp_path / "out", f"{tmp_path} is not writable")
 
