@@ -10,14 +10,13 @@ means faster than float; the spread is the 10th to 90th percentile of the ratios
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from statistics import median, quantiles
+from typing import Any
 
 import torch
+from racing import compared, race, speeds, timed
 from torch import Tensor, nn
 
 from ptq.algorithms import round_to_nearest
@@ -62,22 +61,10 @@ def quantized_layers(n: int, k: int, scheme: Scheme, copies: int) -> list[nn.Mod
 
 def once(layers: "cycle[nn.Module]", x: Tensor) -> float:
     layer = next(layers)
-    start = time.perf_counter()
-    layer(x)
-    return time.perf_counter() - start
+    return timed(lambda: layer(x))
 
 
-def race(candidates: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
-    """Times of each candidate, taken in turns."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, run in candidates.items():
-            times[name].append(run())
-    return times
-
-
-def measure(n: int, k: int, m: int, options: argparse.Namespace) -> list[dict[str, object]]:
+def measure(n: int, k: int, m: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     copies = max(2, options.cache_mb * 1_000_000 // (n * k) + 1)
     dtype = getattr(torch, options.dtype)
     pools: dict[str, tuple[list[nn.Module], Tensor]] = {}
@@ -99,30 +86,22 @@ def measure(n: int, k: int, m: int, options: argparse.Namespace) -> list[dict[st
         layer = pools[name][0][0]
         assert isinstance(layer, QuantLinear)
         kernel = layer._bind(x.to(dtype))[0].name
-        row: dict[str, object] = {"n": n, "k": k, "m": m, "scheme": name, "kernel": kernel,
-                                  "milliseconds": 1e3 * median(times[name])}  # fmt: skip
-        for base in ("bfloat16", "float32"):
-            ratios = [b / t for b, t in zip(times[base], times[name], strict=True)]
-            deciles = quantiles(ratios, n=10)
-            row[f"speed_over_{base}"] = median(ratios)
-            row[f"spread_over_{base}"] = [deciles[0], deciles[-1]]
-        rows.append(row)
+        shape = {"n": n, "k": k, "m": m, "scheme": name, "kernel": kernel}
+        rows.append({**shape, **compared(times, name, ("bfloat16", "float32"))})
     return rows
 
 
-def show(row: dict[str, object]) -> str:
-    low, high = row["spread_over_bfloat16"]  # type: ignore[misc]
+def show(row: dict[str, Any]) -> str:
     return (
         f"{row['n']}x{row['k']:<6} M={row['m']:<5} {row['scheme']:15} {row['kernel']:12} "
-        f"{row['milliseconds']:9.3f} ms  {row['speed_over_bfloat16']:6.2f}x bfloat16 "
-        f"[{low:.2f}, {high:.2f}]  {row['speed_over_float32']:6.2f}x float32"
+        f"{speeds(row)}"
     )
 
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for shape in options.shapes:
         n, k = map(int, shape.split("x"))
         for m in options.rows:

@@ -14,6 +14,12 @@ from tests.tiny import tiny_tokenizer
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def _scripts_import_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do when Python runs one of them."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+
+
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
@@ -89,6 +95,17 @@ def test_bench_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert module.main([*options, "--seconds", "0.01", "--json", str(figures)]) == 0
     assert json.loads(figures.read_text())
     assert "w8a16" in capsys.readouterr().out
+
+
+def test_bench_model(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = tmp_path / "figures.json"
+    options = ["--model", str(tiny_model), "--schemes", "w8a16", "--seconds", "0.01"]
+    options += ["--prefill", "4", "8", "--decode-after", "5", "--json", str(figures)]
+    assert script("bench_model").main(options) == 0
+    rows = json.loads(figures.read_text())["rows"]
+    assert [row["task"] for row in rows] == ["prefill 4", "prefill 8", "decode"]
+    assert all(row["speed_over_float32"] > 0 for row in rows)
+    assert "prefill 8" in capsys.readouterr().out
 
 
 def test_tokenizer_of_a_checkpoint_is_the_models(checkpoint: Path) -> None:

@@ -1,0 +1,44 @@
+"""Timing candidates against each other in one process: they take turns, ratios are of one turn."""
+
+import time
+from collections.abc import Callable
+from statistics import median, quantiles
+from typing import Any
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def race(candidates: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
+    """Times of each candidate, taken in turns; each returns its own seconds."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, run in candidates.items():
+            times[name].append(run())
+    return times
+
+
+def compared(times: dict[str, list[float]], name: str, bases: tuple[str, ...]) -> dict[str, Any]:
+    """Median milliseconds of a candidate, and its speed over each base with the 10th to 90th
+    percentile of the turns' ratios."""
+    found: dict[str, Any] = {"milliseconds": 1e3 * median(times[name])}
+    for base in bases:
+        ratios = [b / t for b, t in zip(times[base], times[name], strict=True)]
+        deciles = quantiles(ratios, n=10)
+        found[f"speed_over_{base}"] = median(ratios)
+        found[f"spread_over_{base}"] = [deciles[0], deciles[-1]]
+    return found
+
+
+def speeds(row: dict[str, Any]) -> str:
+    """The figures of :func:`compared` over bfloat16 and float32, for a line of a table."""
+    low, high = row["spread_over_bfloat16"]
+    return (
+        f"{row['milliseconds']:9.3f} ms  {row['speed_over_bfloat16']:5.2f}x bfloat16 "
+        f"[{low:.2f}, {high:.2f}]  {row['speed_over_float32']:5.2f}x float32"
+    )
