@@ -3,6 +3,7 @@
 import fnmatch
 import html
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -220,8 +221,26 @@ def plan(
     first_float = next((i.tensors[0].dtype for i in infos if i.tensors), torch.float32)
     made = Plan(layers, dtype or first_float)
     if not made.quantized:
-        raise ConfigError("every layer stays in float; relax the rules so that one is quantized")
+        raise ConfigError(_why_nothing(made, {info.name for info in linears}))
     return made
+
+
+def _why_nothing(made: Plan, linears: set[str]) -> str:
+    """Every linear layer stays in float: which rules keep them, and what else the model is of."""
+    reasons: dict[str, str] = {}
+    others: dict[str, int] = defaultdict(int)
+    for layer in made.layers:
+        if layer.name in linears:
+            reasons.setdefault(layer.decided_by, layer.name)
+        elif layer.kind != "Embedding":
+            others[layer.kind] += layer.parameters
+    kept = "; ".join(f"{name} ({decided_by})" for decided_by, name in reasons.items())
+    largest = max(others, key=lambda kind: others[kind], default=None)
+    share = 0 if largest is None else others[largest] / max(1, made.parameters)
+    text = f"every linear layer stays in float: {kept}; relax that"
+    if share < 0.1:
+        return text
+    return f"{text}; {share:.0%} of the parameters are in {largest}, which ptq cannot quantize"
 
 
 def _plan_layer(

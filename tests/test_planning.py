@@ -3,7 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from ptq.errors import ConfigError, UnsupportedError
 from ptq.model import cast_parameters, skeleton
@@ -69,8 +76,14 @@ def test_a_rule_that_matches_nothing_is_an_error() -> None:
 
 
 def test_everything_float_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="every layer stays in float"):
+    with pytest.raises(ConfigError, match=r"every linear layer stays in float: .*rules\.0: \*"):
         plan(llama(), {"scheme": "w8a8", "rules": [{"layers": "*", "scheme": "float"}]})
+
+
+def test_a_model_whose_layers_are_of_another_kind_is_told_so() -> None:
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=32)
+    with pytest.raises(ConfigError, match=r"lm_head \(tied.*parameters are in Conv1D"):
+        plan(GPT2LMHeadModel(config), "w8a8")
 
 
 def test_group_size_that_does_not_divide_names_the_layer_and_the_choices() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ptq.checkpoint.compare import assert_same
+from ptq.checkpoint.compare import assert_same, assert_same_outputs
 from ptq.checkpoint.manifest import Manifest
 from ptq.checkpoint.manifest_read import read_manifest
 from ptq.checkpoint.native_read import load
@@ -34,6 +34,7 @@ __all__ = [
     "CheckpointFormat",
     "Manifest",
     "assert_same",
+    "assert_same_outputs",
     "check_target",
     "load",
     "read_manifest",

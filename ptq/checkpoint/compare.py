@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ptq.checkpoint.shard import dtype_name
 from ptq.checkpoint.tensors import distinct_tensors
@@ -33,6 +34,40 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
         _same_names("tensor", of_a, of_b)
         for name, tensor in of_a.items():
             _same_tensor(name, tensor, of_b[name])
+
+
+@torch.no_grad()
+def assert_same_outputs(a: nn.Module, b: nn.Module) -> str:
+    """Check that two models, on one device, compute the same bits.
+
+    Where the model takes token ids, that is its output for transformers' fixed example; for any
+    other (images, sound), the output of every QuantLinear for two made-up rows.
+
+    Returns:
+        What was compared.
+
+    Raises:
+        CheckpointError: an output differs.
+    """
+    if isinstance(a, PreTrainedModel) and a.main_input_name == "input_ids":
+        inputs = {name: ids.to(a.device) for name, ids in a.dummy_inputs.items()}
+        _same_output("the model", a(**inputs)[0], b(**inputs)[0])
+        return "the model's outputs for a fixed input"
+    dtype = next((p.dtype for p in a.parameters() if p.is_floating_point()), torch.float32)
+    for name, layer in a.named_modules():
+        if isinstance(layer, QuantLinear):
+            x = torch.linspace(-2, 2, 2 * layer.in_features, dtype=dtype, device=layer.codes.device)
+            rows = x.reshape(2, -1)
+            _same_output(f"layer {name}", layer(rows), b.get_submodule(name)(rows))
+    return "every quantized layer's outputs for a fixed input"
+
+
+def _same_output(where: str, a: Tensor, b: Tensor) -> None:
+    if not torch.equal(a, b):
+        raise CheckpointError(
+            f"the checkpoint's tensors are those in memory, but {where} computes something else "
+            f"(up to {(a - b).abs().max():.3g} apart); do not use it"
+        )
 
 
 def _schemes(model: nn.Module) -> dict[str, Scheme]:

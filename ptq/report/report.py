@@ -48,7 +48,7 @@ def _summary(s: dict[str, Any]) -> list[str]:
         lines.append(
             f"checkpoint {c['directory']} ({c['weight_file_bytes'] / 1e6:.1f} MB of weights)"
         )
-        lines.append("verified   read back, every tensor and the logits of a test input bit-equal")
+        lines.append(f"verified   read back, bit-equal: {c['bit_equal']}")
     if "evaluation" in s:
         e = s["evaluation"]
         lines.append(
