@@ -15,38 +15,31 @@ from ptq.core import QuantizedWeight, choose_qparams, quantize
 from ptq.model import replace_module
 from ptq.modules import QuantLinear
 
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+"""Of the tiny models."""
+
 
 def tiny_llama(
     *, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LlamaForCausalLM:
     """Two blocks, hidden 32, vocabulary 97, random weights, in eval mode."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=97,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-    )
+    config = LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=tied)
     return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 def tiny_bert(*, seed: int = 0) -> BertModel:
     """Two layers, hidden 32, biases everywhere, random weights, in eval mode."""
     torch.manual_seed(seed)
-    config = BertConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=97,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
+    config = BertConfig(**SIZES)
     return BertModel._from_config(config).eval()
 
 

@@ -68,11 +68,10 @@ class IntMM:
         return apply_scales(product, x, prepared).to(dtype)
 
     def tolerance(self, spec: LinearSpec) -> float:
-        return torch.finfo(spec.dtype).eps + 4 * torch.finfo(torch.float32).eps
+        return integer_tolerance(spec)
 
     def extra_bytes(self, spec: LinearSpec) -> int:
-        unpacked = 0 if spec.format.bits == 8 else spec.n * spec.k
-        return unpacked + (4 if spec.symmetric else 8) * spec.n
+        return integer_bytes(spec)
 
 
 def integer_reason(spec: LinearSpec) -> str | None:
@@ -84,6 +83,17 @@ def integer_reason(spec: LinearSpec) -> str | None:
     if spec.k > max_columns(spec):
         return f"K={spec.k} could overflow the int32 sum (at most {max_columns(spec)})"
     return None
+
+
+def integer_tolerance(spec: LinearSpec) -> float:
+    """The product is exact; its scales and the result are rounded."""
+    return torch.finfo(spec.dtype).eps + 4 * torch.finfo(torch.float32).eps
+
+
+def integer_bytes(spec: LinearSpec) -> int:
+    """Of :class:`IntCodes` beyond the canonical weight."""
+    unpacked = 0 if spec.format.bits == 8 else spec.n * spec.k
+    return unpacked + (4 if spec.symmetric else 8) * spec.n
 
 
 def max_columns(spec: LinearSpec) -> int:

@@ -13,7 +13,14 @@ from torch import Tensor
 from ptq.core import QuantizedWeight
 from ptq.kernels.activations import Activation
 from ptq.kernels.cpu_int4 import Int4Prepared, nibble_reason, op_group, scales_and_zeros
-from ptq.kernels.cpu_int8 import IntCodes, apply_scales, int_codes, integer_reason
+from ptq.kernels.cpu_int8 import (
+    IntCodes,
+    apply_scales,
+    int_codes,
+    integer_bytes,
+    integer_reason,
+    integer_tolerance,
+)
 from ptq.kernels.spec import LinearSpec
 
 _MIN_ROWS = 17  # _int_mm on CUDA wants more than 16 rows
@@ -46,11 +53,10 @@ class CudaIntMM:
         return apply_scales(product, x, prepared).to(dtype)
 
     def tolerance(self, spec: LinearSpec) -> float:
-        return torch.finfo(spec.dtype).eps + 4 * torch.finfo(torch.float32).eps
+        return integer_tolerance(spec)
 
     def extra_bytes(self, spec: LinearSpec) -> int:
-        unpacked = 0 if spec.format.bits == 8 else spec.n * spec.k
-        return unpacked + (4 if spec.symmetric else 8) * spec.n
+        return integer_bytes(spec)
 
 
 @dataclass(frozen=True)
