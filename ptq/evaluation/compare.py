@@ -50,12 +50,14 @@ def evaluate(
         data = evaluation_windows(config, tokenizer)
     if reference is not None:
         return compare(model, data, reference, progress=progress)
-    losses = []
+    lengths = _scored(data)
+    losses = torch.empty(sum(lengths))  # whole from the start, as in TokenStatistics
+    places = torch.split(losses, lengths)
     for index in progress(range(len(data.sequences))):
         window = data.sequences[index]
         logits = window_logits(model, window)
-        losses.append(nll(logits, window[1:].to(logits.device)).cpu())
-    perplexity = math.exp(torch.cat(losses).double().mean().item())
+        places[index].copy_(nll(logits, window[1:].to(logits.device)))
+    perplexity = math.exp(losses.double().mean().item())
     return Perplexity(perplexity, _protocol(data, None, model))
 
 
@@ -67,7 +69,7 @@ def compare(
     progress: Progress = iter,
 ) -> Evaluation:
     """Compare a model with the float model, window by window."""
-    found = TokenStatistics()
+    found = TokenStatistics(_scored(data))
     for index in progress(range(len(data.sequences))):
         window = data.sequences[index]
         logits = window_logits(model, window)
@@ -80,6 +82,11 @@ def compare(
     return _result(found, _protocol(data, float_dtype, model))
 
 
+def _scored(data: TokenSet) -> list[int]:
+    """Tokens of each window that are scored: all but the first."""
+    return [len(window) - 1 for window in data.sequences]
+
+
 def _reference_logits(
     reference: nn.Module | ReferenceLogits, index: int, window: Tensor, like: Tensor
 ) -> Tensor:
@@ -90,7 +97,7 @@ def _reference_logits(
 
 def _result(found: TokenStatistics, protocol: Protocol) -> Evaluation:
     pairs = zip(found.quantized_nll, found.float_nll, strict=True)
-    low, high = ratio_interval([(q - f).cpu() for q, f in pairs])
+    low, high = ratio_interval([q - f for q, f in pairs])
     before = torch.cat(found.float_nll).double().mean().item()
     after = torch.cat(found.quantized_nll).double().mean().item()
     divergence = torch.cat(found.divergence).double()

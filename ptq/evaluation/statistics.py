@@ -1,7 +1,7 @@
 """Comparing two models' predictions token by token, and what the differences say."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import torch
@@ -11,34 +11,56 @@ BLOCK = 64  # neighbouring tokens that count as one observation
 _ROWS = 64  # rows of float32 probabilities that exist at a time
 
 
-@dataclass
 class TokenStatistics:
-    """What was measured of each scored token; one tensor a window."""
+    """What was measured of each scored token, window by window.
 
-    float_nll: list[Tensor] = field(default_factory=list)
-    quantized_nll: list[Tensor] = field(default_factory=list)
-    divergence: list[Tensor] = field(default_factory=list)
-    agreement: list[Tensor] = field(default_factory=list)
+    All results have their place from the start: small tensors that came into being between large
+    ones would keep freed memory from being used again, some 25 MB a window.
+
+    Args:
+        lengths: number of scored tokens of each window, in the order of :meth:`add`.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._lengths = list(lengths)
+        self._values = torch.full((4, sum(self._lengths)), torch.nan)
+        self._filled = 0
 
     def add(self, reference: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Compare logits [T, V] of both models, some rows at a time, in float32.
 
         Divergence is KL(float || quantized) in nats.
         """
-        columns: list[list[Tensor]] = [[], [], [], []]
         for start in range(0, len(targets), _ROWS):
             rows = slice(start, start + _ROWS)
             p = reference[rows].float().log_softmax(-1)
             q = logits[rows].float().log_softmax(-1)
             target = targets[rows, None]
-            columns[0].append(-p.gather(1, target)[:, 0])
-            columns[1].append(-q.gather(1, target)[:, 0])
+            found = self._values[:, self._filled : self._filled + len(target)]
+            found[0] = -p.gather(1, target)[:, 0]
+            found[1] = -q.gather(1, target)[:, 0]
             # The sum is not negative but for rounding.
-            columns[2].append((p.exp() * (p - q)).sum(-1).clamp(min=0))
-            columns[3].append(p.argmax(-1) == q.argmax(-1))
-        measured = (self.float_nll, self.quantized_nll, self.divergence, self.agreement)
-        for where, parts in zip(measured, columns, strict=True):
-            where.append(torch.cat(parts))
+            found[2] = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+            found[3] = p.argmax(-1) == q.argmax(-1)
+            self._filled += len(target)
+
+    @property
+    def float_nll(self) -> tuple[Tensor, ...]:
+        """Negative log-likelihood of each token under the float model, float32, by window."""
+        return torch.split(self._values[0], self._lengths)
+
+    @property
+    def quantized_nll(self) -> tuple[Tensor, ...]:
+        return torch.split(self._values[1], self._lengths)
+
+    @property
+    def divergence(self) -> tuple[Tensor, ...]:
+        return torch.split(self._values[2], self._lengths)
+
+    @property
+    def agreement(self) -> tuple[Tensor, ...]:
+        """1 where both rank the same token first, else 0."""
+        return torch.split(self._values[3], self._lengths)
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:

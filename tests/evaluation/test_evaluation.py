@@ -1,6 +1,8 @@
 """Perplexity, divergence and their interval, against independent computations in float64."""
 
 import math
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -137,12 +139,31 @@ def test_row_chunks_do_not_change_the_figures(monkeypatch: pytest.MonkeyPatch) -
     found = []
     for rows in (7, 64, 1000):
         monkeypatch.setattr("ptq.evaluation.statistics._ROWS", rows)
-        statistics = TokenStatistics()
+        statistics = TokenStatistics([150])
         statistics.add(p, q, targets)
         found.append((statistics.divergence[0], statistics.quantized_nll[0], nll(q, targets)))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_number_of_windows() -> None:
+    """In a process of its own, with a vocabulary as real models have."""
+    script = """
+import resource, torch
+from ptq.evaluation.statistics import TokenStatistics
+def add(count):
+    statistics = TokenStatistics([127] * count)
+    for _ in range(count):
+        p, q = torch.randn(127, 49152), torch.randn(127, 49152)
+        statistics.add(p, q, torch.zeros(127, dtype=torch.int64))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+few = add(3)
+print(add(30) / few)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    # One window's temporaries are about a fifth of such a process.
+    assert float(run.stdout) < 1.25
 
 
 @pytest.mark.parametrize(
