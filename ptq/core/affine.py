@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ptq.core.granularity import Granularity
+from ptq.errors import UnsupportedError
 from ptq.formats import IntFormat
 
 
@@ -69,15 +70,28 @@ def choose_qparams(
 
 
 def _round_up(exact: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
-    """``exact`` (float64, >= 0) in ``dtype``, never smaller; one where it is zero."""
+    """``exact`` (float64, >= 0) in ``dtype``, never smaller; one where it is zero.
+
+    Raises:
+        UnsupportedError: it is beyond what ``dtype`` can hold.
+    """
     exact = torch.where(exact > 0, exact, torch.ones_like(exact))
-    # A subnormal scale would lose the relative precision that the bound relies on.
-    exact = exact.clamp(min=torch.finfo(dtype).smallest_normal)
+    info = torch.finfo(dtype)
+    # float16 is often subnormal at the scales of weights: coarse, but rounding up is never wrong.
+    # A subnormal float32 or bfloat16 may be flushed to zero by a kernel.
+    smallest = 2.0**-24 if dtype == torch.float16 else info.smallest_normal
+    exact = exact.clamp(min=smallest)
     if power_of_two:
         exact = torch.exp2(torch.log2(exact).ceil())
     scale = exact.to(dtype)
     upward = torch.nextafter(scale, torch.full_like(scale, torch.inf))
-    return torch.where(scale.double() < exact, upward, scale)
+    scale = torch.where(scale.double() < exact, upward, scale)
+    if not bool(scale.isfinite().all()):
+        raise UnsupportedError(
+            f"a scale of {exact.max().item():.3g} is beyond {str(dtype).removeprefix('torch.')}; "
+            "set weights.scale_dtype: float32"
+        )
+    return scale
 
 
 def quantize(

@@ -1,13 +1,14 @@
 """CPU kernels over int8 codes: torch's integer matmul, and its weight-only GEMV."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ptq.core import QuantizedWeight
 from ptq.kernels.activations import Activation
-from ptq.kernels.spec import LinearSpec
+from ptq.kernels.spec import FLOATS, LinearSpec
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,19 @@ def apply_scales(product: Tensor, x: Activation, w: IntCodes) -> Tensor:
     return product.float().mul_(x.scale).mul_(w.scale)
 
 
+@cache
+def int_mm_is_exact() -> bool:
+    """Whether this processor's ``_int_mm`` gives exact sums.
+
+    oneDNN multiplies int8 by vpmaddubsw where a processor has no VNNI (before Cascade Lake and
+    Zen 4), which adds neighbouring products in 16 bits and saturates. Half the codes are at their
+    ends here, so a saturating product differs.
+    """
+    codes = torch.full((32, 64), 127, dtype=torch.int8)
+    codes[::2] = -128
+    return torch.equal(torch._int_mm(codes, codes.t()).float(), codes.float() @ codes.t().float())
+
+
 @dataclass(frozen=True)
 class IntMM:
     """``aten::_int_mm`` on int8 activations: exact int32 sums, any shape."""
@@ -58,6 +72,8 @@ class IntMM:
     def supports(self, spec: LinearSpec) -> str | None:
         if spec.device != "cpu":
             return "for CPUs"
+        if not int_mm_is_exact():
+            return "this processor has no VNNI: its integer product saturates"
         return integer_reason(spec)
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> IntCodes:
@@ -110,13 +126,11 @@ class Int8Packed:
     Args:
         exponent: [N], a power of two, which the op applies.
         scale: float32 [1, N], which is applied to the op's result.
-        zero_point: float32 [1, N], times the exponent.
     """
 
     codes: Tensor
     exponent: Tensor
     scale: Tensor
-    zero_point: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -124,6 +138,8 @@ class Int8Pack:
     """``aten::_weight_int8pack_mm``: weight-only, reads each code once; good for a few rows.
 
     Activations of float32 are rounded to bfloat16 first: the op is 30 times slower in float32.
+    Not for zero points: the op rounds its sum before the zero point's share could be subtracted,
+    and what is left of the difference may be mostly rounding.
     """
 
     name: str = "int8pack"
@@ -133,8 +149,10 @@ class Int8Pack:
     def supports(self, spec: LinearSpec) -> str | None:
         if spec.device != "cpu":
             return "for CPUs"
-        if spec.format.bits != 8 or spec.granularity.kind == "group":
-            return "for int8 codes with per-channel or per-tensor scales"
+        if spec.format.bits != 8 or spec.granularity.kind == "group" or not spec.symmetric:
+            return "for symmetric int8 codes with per-channel or per-tensor scales"
+        if spec.dtype not in FLOATS:
+            return f"for {', '.join(str(dtype) for dtype in FLOATS)} activations"
         if spec.dtype == torch.float16 and spec.activations is not None:
             return "the unscaled product of int8 activations could overflow float16"
         if spec.k % 16:
@@ -147,28 +165,20 @@ class Int8Pack:
         scale = weight.scale.float().reshape(1, -1).expand(1, weight.shape[0])
         # A power of two is exact in 16 bits, and keeps the op's result in their range.
         exponent = torch.exp2(scale.abs().log2().floor()).clamp_(min=2.0**-24)
-        zero_point = weight.zero_point
-        if zero_point is not None:
-            zero_point = zero_point.reshape(1, -1) * exponent
-        return Int8Packed(
-            weight.codes, exponent.reshape(-1).to(_narrow(dtype)), scale / exponent, zero_point
-        )
+        return Int8Packed(weight.codes, exponent.reshape(-1).to(_narrow(dtype)), scale / exponent)
 
     def linear(self, x: Activation, prepared: Int8Packed, dtype: torch.dtype) -> Tensor:
         values, row_scale = x.as_float(prepared.exponent.dtype)
         y = torch._weight_int8pack_mm(values.contiguous(), prepared.codes, prepared.exponent)
-        y = y.float()
-        if prepared.zero_point is not None:
-            y -= values.float().sum(dim=1, keepdim=True) * prepared.zero_point
-        y *= prepared.scale
+        y = y.float().mul_(prepared.scale)
         return (y if row_scale is None else y * row_scale).to(dtype)
 
     def tolerance(self, spec: LinearSpec) -> float:
-        # x, the unscaled product (up to three times W x with a zero point) and y are rounded.
-        return (4 if spec.symmetric else 8) * torch.finfo(_narrow(spec.dtype)).eps
+        # x, the unscaled product and y are rounded.
+        return 4 * torch.finfo(_narrow(spec.dtype)).eps
 
     def extra_bytes(self, spec: LinearSpec) -> int:
-        return spec.n * ((4 if spec.symmetric else 8) + _narrow(spec.dtype).itemsize)
+        return spec.n * (4 + _narrow(spec.dtype).itemsize)
 
 
 def _narrow(dtype: torch.dtype) -> torch.dtype:

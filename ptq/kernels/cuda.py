@@ -90,7 +90,7 @@ class CudaInt4:
         # The op's nibble order: the even column in the high half of the byte.
         packed = unsigned[:, 0::2] << 4 | unsigned[:, 1::2]
         tiles = self.ops._convert_weight_to_int4pack(packed.contiguous(), self.inner_k_tiles)
-        return Int4Prepared(tiles, scales_and_zeros(weight, group, torch.bfloat16), group)
+        return Int4Prepared(tiles, scales_and_zeros(weight, group), group)
 
     def linear(self, x: Activation, prepared: Int4Prepared, dtype: torch.dtype) -> Tensor:
         values, row_scale = x.as_float(torch.bfloat16)
@@ -124,6 +124,8 @@ class CudaInt8Pack:
             return "for symmetric int8 codes with per-channel or per-tensor scales"
         if spec.activations is not None:
             return "for float activations"
+        if spec.dtype not in (torch.float32, torch.bfloat16):
+            return "for float32 and bfloat16, which hold every scale"
         if spec.m > self.rows:
             return f"M={spec.m} > {self.rows}: slower than dequantizing"
         return None

@@ -15,7 +15,8 @@ from ptq.core import QuantizedWeight, unpack
 from ptq.kernels.activations import Activation
 from ptq.kernels.spec import LinearSpec
 
-_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}  # weights at a time: in the last-level cache; all
+_CPU_BLOCK = 1 << 20  # weights at a time: in the last-level cache
+_GPU_BLOCK = 1 << 26  # the launches cost more than the memory
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class DequantizeBlocks:
         values, row_scale = x.as_float(compute)
         if _is_nibbles(weight):
             values = torch.cat((values[:, 0::2], values[:, 1::2]), dim=1)
-        step = min(rows, max(1, _BLOCK[values.device.type] // columns))
+        step = min(
+            rows, max(1, (_CPU_BLOCK if values.device.type == "cpu" else _GPU_BLOCK) // columns)
+        )
         floats = values.new_empty((step, columns), dtype=torch.float32)
         block = floats if compute == torch.float32 else values.new_empty((step, columns))
         y = values.new_empty((values.shape[0], rows))

@@ -11,6 +11,9 @@ from ptq.core import Granularity, QuantizedWeight
 from ptq.formats import IntFormat
 from ptq.kernels.activations import Activation
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""dtypes of activations that the ops take; the reference takes any."""
+
 
 @dataclass(frozen=True)
 class LinearSpec:

@@ -104,7 +104,7 @@ def explain(
     if not layers:
         raise UnsupportedError("the model has no quantized layer; ptq.quantize(model, ...) first")
     first = next(iter(model.parameters()), None)
-    device = device or next(iter(layers.values())).codes.device.type
+    device = torch.device(device or next(iter(layers.values())).codes.device).type
     dtype = dtype or (torch.float32 if first is None else first.dtype)
     alike: dict[Any, list[str]] = defaultdict(list)
     for name, layer in layers.items():
