@@ -1,7 +1,11 @@
 """Running a command line: errors become one line and an exit code."""
 
+import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from ptq.errors import PTQError
 from ptq.report import Console
@@ -11,20 +15,45 @@ EXIT_CODES = """exit codes:
   1    a bug in ptq (a traceback is shown)
   2    bad input, or the machine cannot do it (disk full): one line says what and the remedy
   130  interrupted; nothing half-written stays behind
+  141  the reader of the output closed it
 """
 
 
 def run_command(action: Callable[[], object], console: Console) -> int:
     """Carry out ``action``; print a :class:`PTQError` or an interruption as one line."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         action()
     except PTQError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"interrupted in stage '{console.stage_name}'; nothing half-written stays behind",
-            file=sys.stderr,
-        )
+        print(f"interrupted in stage '{console.stage_name}'; {console.outcome}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output is gone, as in "... | head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
+
+
+def positive(text: str) -> int:
+    """A command-line argument that is a whole number from one up.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def output_file(text: str) -> Path:
+    """A command-line argument that names a file which can be written.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot.
+    """
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory, or in one that is not there")
+    return path

@@ -6,15 +6,17 @@ file, the line and the nearest known key.
 """
 
 import difflib
+import os
 import re
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import torch
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -54,6 +56,9 @@ _PRESET = re.compile(
     r"w(?P<bits>[2-8])a(?P<abits>16|8)(-g(?P<group>\d+)|(?P<tensor>-tensor))?"
     r"(?P<asym>-asym)?(?P<static>-static)?"
 )
+
+
+S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
@@ -158,7 +163,7 @@ def preset(name: str) -> Scheme:
     """
     match = _PRESET.fullmatch(name)
     if match is None:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
+        near = difflib.get_close_matches(name.lower(), PRESETS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown scheme {name!r}: {hint}known presets: {', '.join(PRESETS)}")
     if match["static"] and match["abits"] != "8":
@@ -218,7 +223,9 @@ def _plugin_from_name(value: Any) -> Any:
 class ModelConfig(Section):
     """Where the float model comes from and how it is held."""
 
-    id: str = Field(description="hub id, local directory, .gguf file, or package:NAME/FILE")
+    id: str = Field(
+        min_length=1, description="hub id, local directory, .gguf file, or package:NAME/FILE"
+    )
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     dtype: DTypeNameOrAuto = Field("auto", description="auto: as stored")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, ... or auto")
@@ -241,7 +248,9 @@ class CalibrationConfig(Section):
     samples: Annotated[int, Field(ge=1)] = Field(64, description="sequences used")
     sequence_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens a sequence")
     batch_size: Annotated[int, Field(ge=1)] = Field(8, description="sequences at a time")
-    seed: int = Field(0, description="seed of the choice of sequences")
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(
+        0, description="seed of the choice of sequences"
+    )
     observer: Annotated[Plugin, BeforeValidator(_plugin_from_name)] = Field(
         default_factory=lambda: Plugin(name="minmax"),
         description="minmax, moving_average or percentile",
@@ -261,10 +270,14 @@ class EvaluationConfig(Section):
     context: Annotated[int, Field(ge=2)] = Field(512, description="tokens a window")
 
 
+def _text_from_source(value: Any) -> Any:
+    return {"data": value} if isinstance(value, str | list) else value
+
+
 class GenerationConfig(Section):
     """A sample of text before and after, decoded greedily."""
 
-    prompt: str = "The capital of France is"
+    prompt: Annotated[str, Field(pattern=r"\S")] = "The capital of France is"
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     chat: bool = Field(False, description="wrap the prompt in the tokenizer's chat template")
 
@@ -272,7 +285,9 @@ class GenerationConfig(Section):
 class OutputConfig(Section):
     """Where the checkpoint goes."""
 
-    dir: str = Field(description="directory to create")
+    dir: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
+        min_length=1, description="directory to create"
+    )
     dtype: DTypeNameOrAuto = Field(
         "auto", description="dtype of what stays float (auto: the model's)"
     )
@@ -295,8 +310,8 @@ class QuantizationConfig(Section):
         description="keep: an output head tied to the embedding stays tied and float; "
         "untie: rules may quantize it, the embedding stays float",
     )
-    calibration: CalibrationConfig | None = None
-    evaluation: EvaluationConfig | None = None
+    calibration: Annotated[CalibrationConfig | None, BeforeValidator(_text_from_source)] = None
+    evaluation: Annotated[EvaluationConfig | None, BeforeValidator(_text_from_source)] = None
     generation: GenerationConfig | None = None
     output: Annotated[OutputConfig | None, BeforeValidator(_output_from_dir)] = None
 
@@ -316,8 +331,21 @@ def as_config(value: "str | dict[str, Any] | Scheme | QuantizationConfig") -> Qu
     """
     if isinstance(value, QuantizationConfig):
         return value
-    raw = value if isinstance(value, dict) else {"scheme": value}
-    return _validate(raw, "configuration", None)
+    whole = isinstance(value, dict) and not (value and value.keys() <= Scheme.model_fields.keys())
+    raw = value if whole and isinstance(value, dict) else {"scheme": value}
+    return _validate(QuantizationConfig, raw, "configuration", None)
+
+
+def make_section(section: type[S], source: str, **values: Any) -> S:
+    """A section from keyword arguments of the API.
+
+    Args:
+        source: what the arguments belong to, for the error.
+
+    Raises:
+        ConfigError: with one line per mistake.
+    """
+    return _validate(section, values, source, None)
 
 
 def load_config(
@@ -346,12 +374,13 @@ def load_config(
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds {type(raw).__name__}, not keys and values")
+        found = "nothing" if raw is None else f"a {type(raw).__name__}"
+        raise ConfigError(f"{path} holds {found}, not keys and values such as 'scheme: w8a8'")
     if node is not None:
         _refuse_duplicates(node, path)
     for override in overrides:
         _apply_override(raw, override)
-    return _validate(raw, str(path), node)
+    return _validate(QuantizationConfig, raw, str(path), node)
 
 
 def _one_line(error: yaml.YAMLError | ValueError) -> str:
@@ -395,7 +424,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _descend(target: Any, name: str, where: str, override: str) -> Any:
     """The container below ``target`` called ``name``; a shorthand string becomes its mapping."""
-    shorthand = {"model": "id", "output": "dir"}
+    shorthand = {"model": "id", "output": "dir", "calibration": "data", "evaluation": "data"}
     if isinstance(target, list):
         return target[_index(target, name, where, override)]
     child = target.get(name)
@@ -415,31 +444,40 @@ def _index(target: list[Any], name: str, where: str, override: str) -> int:
     return int(name)
 
 
-def _validate(raw: dict[str, Any], source: str, node: yaml.Node | None) -> QuantizationConfig:
+def _validate(section: type[S], raw: dict[str, Any], source: str, node: yaml.Node | None) -> S:
     try:
-        return QuantizationConfig.model_validate(raw)
+        return section.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(detail, source, node) for detail in error.errors()]
+        lines = [_explain(detail, section, source, node) for detail in error.errors()]
         raise ConfigError("; ".join(dict.fromkeys(lines))) from None
 
 
-def _explain(detail: Any, source: str, node: yaml.Node | None) -> str:
+def _explain(detail: Any, section: type[BaseModel], source: str, node: yaml.Node | None) -> str:
     loc = detail["loc"]
     line = _line_of(node, loc)
     where = f"{source}, line {line}" if line else source
     key = ".".join(str(part) for part in loc)
     if detail["type"] == "extra_forbidden":
-        known = _known_keys(QuantizationConfig, loc[:-1])
+        known = _known_keys(section, loc[:-1])
         near = difflib.get_close_matches(str(loc[-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key {key!r}; {hint}"
     if detail["type"] == "missing":
         return f"{where}: key {key!r} is required"
-    message = detail["msg"].removeprefix("Value error, ")
+    message = _WORDS.get(detail["type"], detail["msg"].removeprefix("Value error, "))
     message = message[0].lower() + message[1:]
     if "unknown scheme" in message or "scheme '" in message:
         return f"{where}: {key}: {message}"
     return f"{where}: {key}: {message}, got {detail['input']!r}"
+
+
+_WORDS = {
+    "model_type": "expected a mapping of keys and values",
+    "dict_type": "expected a mapping of keys and values",
+    "list_type": "expected a list",
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must not be blank",
+}
 
 
 def _line_of(node: yaml.Node | None, loc: tuple[Any, ...]) -> int | None:

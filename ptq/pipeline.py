@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptq import checkpoint
@@ -21,22 +21,35 @@ from ptq.calibrate import (
 )
 from ptq.config import (
     CalibrationConfig,
+    GenerationConfig,
     ModelConfig,
     OutputConfig,
     QuantizationConfig,
     Scheme,
     as_config,
+    load_config,
     torch_dtype,
 )
 from ptq.errors import CalibrationError, ConfigError, ModelError
-from ptq.evaluation import ReferenceLogits, compare, sample
+from ptq.evaluation import (
+    ReferenceLogits,
+    compare,
+    encode_prompt,
+    require_generation,
+    sample,
+)
 from ptq.model import (
     ModelSource,
     cast_parameters,
     check_finite,
+    check_tokens,
     load_model,
     load_model_config,
     load_tokenizer,
+    max_positions,
+    require_causal,
+    require_token_ids,
+    resolve_device,
     skeleton,
 )
 from ptq.observers import make_observer
@@ -145,7 +158,7 @@ def _calibrate(
 
 
 def run(
-    config: QuantizationConfig,
+    config: QuantizationConfig | str | Path,
     *,
     dry_run: bool = False,
     full_plan: bool = False,
@@ -154,6 +167,7 @@ def run(
     """Do what a configuration file says, from the float model to a verified checkpoint.
 
     Args:
+        config: the configuration, or the path of its YAML file.
         dry_run: stop after the plan; no weights are loaded.
         full_plan: print a row for each layer.
 
@@ -161,6 +175,8 @@ def run(
         PTQError: bad input, before anything long is done; or a checkpoint that could not be
             written or verified. Nothing half-written stays behind.
     """
+    if not isinstance(config, QuantizationConfig):
+        config = load_config(config)
     job = _Job(config, console or Console())
     job.make_plan(full_plan)
     if dry_run:
@@ -191,12 +207,19 @@ class _Job:
     tokenizer: Any = field(default=None, init=False)
     calibration: TokenSet | None = field(default=None, init=False)
     evaluation: TokenSet | None = field(default=None, init=False)
+    prompt: Tensor | None = field(default=None, init=False)
     samples: dict[str, Any] = field(default_factory=dict, init=False)
+    notes: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.report = Report(
             {"config": self.config.model_dump(mode="json"), "environment": environment()}
         )
+
+    def note(self, text: str) -> None:
+        """Say what the user may not expect; the report repeats it."""
+        self.notes.append(text)
+        self.console.say(f"note: {text}")
 
     @property
     def model_section(self) -> ModelConfig:
@@ -213,14 +236,26 @@ class _Job:
     def make_plan(self, full: bool) -> None:
         """Decide about every layer from shapes alone, and print it."""
         self.console.stage("plan")
+        resolve_device(self.model_section.device)
         self.source = ModelSource.resolve(self.model_section)
         self.model_config = load_model_config(self.source)
         empty = skeleton(self.model_config, trust_remote_code=self.model_section.trust_remote_code)
         self.plan = plan(empty, self.config, dtype=self._dtype())
-        if self.plan.static_layers:
-            make_observer(_section(self.config).observer)
+        self._check_model(empty)
         self.report.sections["plan"] = self.plan.to_dict()
         self.console.say(self.plan.table(full))
+
+    def _check_model(self, empty: nn.Module) -> None:
+        """Whether a model of this kind can do what the sections ask."""
+        if self.plan.static_layers:
+            make_observer(_section(self.config).observer)
+            require_token_ids(empty)
+        elif self.config.calibration is not None:
+            self.note("the calibration section is not used: no layer has static activations")
+        if self.config.evaluation is not None:
+            require_causal(empty)
+        if self.config.generation is not None:
+            require_generation(empty)
 
     def _dtype(self) -> torch.dtype:
         """dtype of what stays float: the output section's, else the loaded model's."""
@@ -240,16 +275,19 @@ class _Job:
     def read_data(self) -> None:
         """Tokenizer and text, so that bad data is found before the weights are loaded."""
         self.console.stage("read data")
-        static = self.plan.static_layers
-        try:
-            self.tokenizer = load_tokenizer(self.source)
-        except ModelError:
-            if static or self.config.evaluation or self.config.generation:
-                raise
-        if static:
+        self.tokenizer = load_tokenizer(self.source)
+        if self.tokenizer is None:
+            self.note("the model comes without a tokenizer: none is saved")
+            if self.plan.static_layers or self.config.evaluation:
+                raise ModelError(f"model {self.source} has no tokenizer, which its text needs")
+        if self.plan.static_layers:
             self.calibration = _calibration_tokens(self.config, self.tokenizer)
+            check_tokens(self.model_config, self.calibration.sequences, "calibration text")
         if self.config.evaluation is not None:
             self.evaluation = evaluation_windows(self.config.evaluation, self.tokenizer)
+            check_tokens(self.model_config, self.evaluation.sequences, "evaluation text")
+        if self.config.generation is not None:
+            self._read_prompt(self.config.generation)
         named = {"calibration": self.calibration, "evaluation": self.evaluation}
         self.report.sections["data"] = {
             name: {
@@ -262,10 +300,21 @@ class _Job:
             if tokens is not None
         }
 
+    def _read_prompt(self, section: GenerationConfig) -> None:
+        self.prompt = encode_prompt(section, self.tokenizer)
+        check_tokens(self.model_config, list(self.prompt), "generation.prompt")
+        limit = max_positions(self.model_config)
+        if limit is not None and self.prompt.shape[1] + section.max_new_tokens > limit:
+            raise ConfigError(
+                f"generation: {self.prompt.shape[1]} tokens of prompt and {section.max_new_tokens} "
+                f"new ones are more than the model's {limit} positions; lower max_new_tokens"
+            )
+
     def load(self) -> PreTrainedModel:
         """The float model."""
         self.console.stage("load the float model")
-        model = load_model(self.source, self.model_config, bars=self.console.mode != "quiet")
+        bars = self.console.mode != "quiet"
+        model = load_model(self.source, self.model_config, bars=bars, say=self.note)
         check_finite(model)
         return model
 
@@ -297,6 +346,9 @@ class _Job:
             tokenizer=self.tokenizer,
             overwrite=self.output.overwrite,
             shard_bytes=self.output.shard_size_mb * 1_000_000,
+        )
+        self.console.outcome = (
+            f"the checkpoint {self.output.dir} is whole, but its report.json is missing"
         )
         weights = sum(p.stat().st_size for p in Path(self.output.dir).glob("*.safetensors"))
         self.report.sections["checkpoint"] = {
@@ -330,12 +382,10 @@ class _Job:
 
     def _sample(self, model: nn.Module, key: str) -> None:
         section = self.config.generation
-        if section is None:
+        if section is None or self.prompt is None:
             return
         self.console.stage(f"generate ({key})")
-        made = sample(
-            model, self.tokenizer, section.prompt, section.max_new_tokens, chat=section.chat
-        )
+        made = sample(model, self.tokenizer, self.prompt, section.max_new_tokens)
         self.samples["prompt"] = section.prompt
         self.samples[key] = made.text
         self.samples[f"{key}_tokens_per_second"] = made.new_tokens / made.seconds
@@ -344,6 +394,7 @@ class _Job:
     def finish(self) -> Report:
         """Write the report beside the weights, and print its summary."""
         self.console.stage("done")
+        self.report.sections["notes"] = self.notes
         if self.samples:
             self.report.sections["generation"] = self.samples
         self.report.sections["resources"] = {

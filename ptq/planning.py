@@ -140,7 +140,8 @@ class Plan:
         return (
             f"{len(self.quantized)} of {len(self.layers)} modules and "
             f"{100 * self.quantized_share:.1f}% of {self.parameters:,} parameters are quantized.\n"
-            f"{_mb(self.bytes_before)} ({_dtype_name(self.dtype)}) -> {_mb(self.bytes_after)}: "
+            f"{megabytes(self.bytes_before)} ({_dtype_name(self.dtype)}) -> "
+            f"{megabytes(self.bytes_after)}: "
             f"{self.compression:.2f}x smaller; "
             f"{float32 / max(1, self.bytes_after):.2f}x against float32."
         )
@@ -209,12 +210,22 @@ def plan(
         UnsupportedError: there is nothing to quantize, or it is quantized already.
     """
     config = as_config(scheme)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"expected a model (nn.Module), found a {type(model).__name__}; "
+            "ptq.load_float gives one: model, tokenizer = ptq.load_float(...)"
+        )
     _refuse_quantized(model)
     infos = read_layers(model)
     linears = [info for info in infos if info.is_linear]
     if not linears:
         raise UnsupportedError(
             f"{type(model).__name__} has no nn.Linear layer, so there is nothing to quantize"
+        )
+    if linears[0].name == "":
+        raise UnsupportedError(
+            f"the model is a single {linears[0].kind}, which has no place for another layer; "
+            "wrap it: nn.Sequential(layer)"
         )
     _refuse_idle_rules(config.rules, infos, config)
     layers = tuple(_plan_layer(info, config, dtype) for info in infos)
@@ -326,8 +337,9 @@ def _quantized_bytes(info: LayerInfo, scheme: Scheme, dtype: torch.dtype | None)
 
 def _tensor_bytes(tensor: TensorInfo, dtype: torch.dtype | None) -> int:
     """Bytes in the checkpoint: float parameters are cast, buffers keep their dtype."""
-    cast = dtype is not None and tensor.is_parameter and tensor.dtype.is_floating_point
-    stored = dtype if cast and dtype is not None else tensor.dtype
+    stored = tensor.dtype
+    if dtype is not None and tensor.is_parameter and tensor.dtype.is_floating_point:
+        stored = torch.float32 if dtype in tensor.float32_in else dtype
     return torch.Size(tensor.shape).numel() * stored.itemsize
 
 
@@ -358,5 +370,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _mb(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
+def megabytes(count: int) -> str:
+    """Bytes as text; four decimals for what is small."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e6:.4f} MB"

@@ -9,11 +9,19 @@ from transformers import PreTrainedModel
 from ptq.algorithms import ALGORITHMS, with_static_input
 from ptq.calibrate import LayerStatistics
 from ptq.config import Scheme
-from ptq.errors import CalibrationError, PTQError
+from ptq.errors import CalibrationError, PTQError, UnsupportedError
 from ptq.model import read_layers, replace_module
 from ptq.modules import QuantLinear
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 def quantize_layers(
@@ -24,7 +32,7 @@ def quantize_layers(
 ) -> None:
     """Replace the named ``nn.Linear`` layers by :class:`QuantLinear`, in place, one at a time.
 
-    A layer's float weight is freed as soon as its codes exist.
+    A layer's float weight is freed as soon as its codes exist; its forward hooks stay.
 
     Raises:
         CalibrationError: a static scheme has no statistics.
@@ -54,7 +62,10 @@ def _quantized(
             weight, scheme.activations, seen.low.to(device), seen.high.to(device)
         )
     bias = None if linear.bias is None else linear.bias.detach()
-    return QuantLinear(weight, scheme, bias).train(linear.training)
+    layer = QuantLinear(weight, scheme, bias).train(linear.training)
+    for hooks in _HOOKS:
+        setattr(layer, hooks, getattr(linear, hooks))
+    return layer
 
 
 def _untie(model: nn.Module) -> None:
@@ -73,7 +84,15 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     Args:
         dtype: of the weights (default: that of the model's other parameters, else float32).
+
+    Raises:
+        UnsupportedError: the model is itself a quantized layer.
     """
+    if isinstance(model, QuantLinear):
+        raise UnsupportedError(
+            "the model is a single QuantLinear, which has no place for another layer; "
+            "wrap it: nn.Sequential(layer)"
+        )
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     wanted = dtype or next((p.dtype for p in model.parameters()), torch.float32)
     for name, layer in layers.items():

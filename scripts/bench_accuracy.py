@@ -10,10 +10,9 @@ import copy
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from ptq.command import EXIT_CODES, run_command
+from ptq.command import EXIT_CODES, output_file, positive, run_command
 from ptq.report import Console, environment
 
 SCHEMES = ("w8a16", "w8a8", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64")
@@ -29,12 +28,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", nargs="+", default=["calibration_data/evaluation.jsonl"])
     parser.add_argument("--calibration", help="text for schemes with static activations")
-    parser.add_argument("--samples", type=int, default=64, help="calibration samples (default: 64)")
+    parser.add_argument(
+        "--samples", type=positive, default=64, help="calibration samples (default: 64)"
+    )
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
-    parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--dtype", default="float32", help="of the float model (default: float32)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--windows", type=positive, default=16)
+    parser.add_argument("--context", type=positive, default=512)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the float model"
+    )
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here")
     return parser.parse_args(arguments)
 
 

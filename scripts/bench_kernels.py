@@ -12,7 +12,6 @@ import json
 import sys
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,27 +19,46 @@ from racing import compared, race, speeds, timed
 from torch import Tensor, nn
 
 from ptq.algorithms import round_to_nearest
+from ptq.command import output_file, positive, run_command
 from ptq.config import Scheme, preset
 from ptq.modules import QuantLinear
-from ptq.report import environment
+from ptq.report import Console, environment
 
 SHAPES = ("576x576", "1536x576", "576x1536", "2048x2048", "8192x2048", "4096x4096")
 SCHEMES = ("w8a8", "w8a16", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64")
 ROWS = (1, 4, 8, 16, 32, 128, 512)
 
 
+def shape(text: str) -> str:
+    """NxK, checked."""
+    n, _, k = text.partition("x")
+    positive(n)
+    positive(k)
+    return text
+
+
+def dynamic_scheme(text: str) -> str:
+    """A preset that needs no calibration, checked."""
+    scheme = preset(text)
+    if scheme.activations is not None and scheme.activations.mode == "static":
+        raise argparse.ArgumentTypeError(f"{text} needs calibration data")
+    return text
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK")
-    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
-    parser.add_argument("--rows", nargs="+", type=int, default=ROWS, metavar="M")
+    parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="NxK")
+    parser.add_argument("--schemes", nargs="+", type=dynamic_scheme, default=SCHEMES)
+    parser.add_argument("--rows", nargs="+", type=positive, default=ROWS, metavar="M")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
                         help="of the activations")  # fmt: skip
-    parser.add_argument("--cache-mb", type=int, default=64, help="bytes that copies must exceed")
+    parser.add_argument(
+        "--cache-mb", type=positive, default=64, help="bytes that copies must exceed"
+    )
     parser.add_argument("--seconds", type=float, default=0.6, help="time for one cell")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here")
     return parser.parse_args(arguments)
 
 
@@ -99,18 +117,21 @@ def show(row: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def bench(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
-    for shape in options.shapes:
-        n, k = map(int, shape.split("x"))
+    for text in options.shapes:
+        n, k = map(int, text.split("x"))
         for m in options.rows:
             for row in measure(n, k, m, options):
                 rows.append(row)
                 print(show(row), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    return run_command(lambda: bench(options), Console())
 
 
 if __name__ == "__main__":

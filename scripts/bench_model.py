@@ -11,14 +11,13 @@ import copy
 import json
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from racing import compared, race, speeds, timed
 from torch import Tensor
 
-from ptq.command import EXIT_CODES, run_command
+from ptq.command import EXIT_CODES, output_file, positive, run_command
 from ptq.report import Console, environment
 
 SCHEMES = ("w8a8", "w8a16", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64")
@@ -36,11 +35,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
                         help="of what stays float in the quantized models")  # fmt: skip
-    parser.add_argument("--prefill", nargs="+", type=int, default=(16, 64, 128, 512), metavar="T")
-    parser.add_argument("--decode-after", type=int, default=128, metavar="T",
+    parser.add_argument(
+        "--prefill", nargs="+", type=positive, default=(16, 64, 128, 512), metavar="T"
+    )
+    parser.add_argument("--decode-after", type=positive, default=128, metavar="T",
                         help="tokens before the decoded one (default: 128)")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=20, help="for each row of the table")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here")
     return parser.parse_args(arguments)
 
 

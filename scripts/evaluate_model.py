@@ -7,9 +7,8 @@ Windows of the text do not overlap, the first token of each is not scored.
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from ptq.command import EXIT_CODES, run_command
+from ptq.command import EXIT_CODES, output_file, positive, run_command
 from ptq.report import Console
 
 EPILOG = f"""example:
@@ -31,11 +30,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=".txt, .jsonl, .parquet, a directory, a datasets id",
     )
     parser.add_argument("--reference", metavar="MODEL", help="the float model to compare with")
-    parser.add_argument("--windows", type=int, default=16, help="windows at most (default: 16)")
-    parser.add_argument("--context", type=int, default=512, help="tokens a window (default: 512)")
+    parser.add_argument(
+        "--windows", type=positive, default=16, help="windows at most (default: 16)"
+    )
+    parser.add_argument(
+        "--context", type=positive, default=512, help="tokens a window (default: 512)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: cpu)")
     parser.add_argument("--explain", action="store_true", help="say which kernel serves each layer")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the figures here as well"
+    )
     return parser.parse_args(arguments)
 
 
@@ -43,16 +48,21 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     import ptq
     from ptq.calibrate import evaluation_windows
     from ptq.config import EvaluationConfig, ModelConfig
-    from ptq.model import ModelSource, load_model, load_tokenizer
+    from ptq.errors import ModelError
+    from ptq.model import ModelSource, load_model, load_tokenizer, resolve_device
 
     console.stage("load")
-    model = ptq.load(options.checkpoint, device=options.device)
-    tokenizer = load_tokenizer(ModelSource(options.checkpoint, None, ModelConfig(id="-")))
+    device = resolve_device(options.device)
+    model = ptq.load(options.checkpoint, device=device)
+    source = ModelSource(options.checkpoint, None, ModelConfig(id=options.checkpoint))
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise ModelError(f"{options.checkpoint} has no tokenizer, which the text needs")
     section = EvaluationConfig(data=options.data, windows=options.windows, context=options.context)
     tokens = evaluation_windows(section, tokenizer)
     reference = None
     if options.reference:
-        wanted = ModelConfig(id=options.reference, device=options.device)
+        wanted = ModelConfig(id=options.reference, device=str(device))
         reference = load_model(ModelSource.resolve(wanted))
     if options.explain:
         console.say(ptq.explain(model))

@@ -7,7 +7,12 @@ tokenizer, a manifest with hashes, and report.json with everything that was meas
 """
 
 import argparse
+import json
+import signal
 import sys
+
+if __name__ == "__main__":  # until there is something to clean up, Ctrl-C just stops
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from ptq.command import EXIT_CODES, run_command
 from ptq.config import PRESETS, load_config
@@ -63,13 +68,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     console = Console(options.mode or "normal")
+    from ptq.pipeline import run
 
     def action() -> None:
-        from ptq.pipeline import run
-
         overrides = list(options.overrides)
-        if options.output:
-            overrides.append(f"output.dir={options.output}")
+        if options.output is not None:
+            overrides.append(f"output.dir={json.dumps(options.output)}")
         if options.overwrite:
             overrides.append("output.overwrite=true")
         config = load_config(options.config, overrides)

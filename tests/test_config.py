@@ -73,7 +73,16 @@ def test_shorthands(tmp_path: Path) -> None:
         ),
         ("scheme: {weights: {symmetric: false, signed_scale: true}}", 1, "signed_scale needs"),
         ("scheme: w8a8\nrules:\n- layers: 're:('\n  scheme: float", 3, "not a regular expression"),
-        ("scheme: w8a8\nmodel: [1]", 2, "model"),
+        ("scheme: w8a8\nmodel: [1]", 2, "model: expected a mapping of keys and values"),
+        ("scheme: w8a8\nrules: x", 2, "rules: expected a list"),
+        ("scheme: w8a8\nrules: [x]", 2, "rules.0: expected a mapping"),
+        ("scheme: {weights: int4}", 1, "scheme.weights: expected a mapping"),
+        ("scheme: W8A8", 1, "did you mean 'w8a8'?"),
+        ("scheme: w8a8\nmodel: ''", 2, "model.id: must not be empty"),
+        ("scheme: w8a8\noutput: ''", 2, "output.dir: must not be empty"),
+        ("scheme: w8a8\ngeneration: {prompt: ' '}", 2, "generation.prompt: must not be blank"),
+        ("scheme: w8a8\ncalibration: {data: x, seed: 99999999999999999999}", 2, "seed"),
+        ("scheme: w8a8\ncalibration: {data: x, seed: -1}", 2, "greater than or equal to 0"),
         ("scheme: w8a8\nscheme: w8a16", 2, "key 'scheme' is given twice"),
         ("scheme: [w8a8\nmodel: b: c", 2, "not valid YAML"),
     ],
@@ -103,9 +112,9 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load_config(tmp_path / "binary.yaml")
-    with pytest.raises(ConfigError, match="holds str"):
+    with pytest.raises(ConfigError, match="holds a str"):
         load(tmp_path, "just words")
-    with pytest.raises(ConfigError, match="holds NoneType"):
+    with pytest.raises(ConfigError, match="holds nothing"):
         load(tmp_path, "")
 
 
@@ -141,6 +150,28 @@ def test_override_mistakes(tmp_path: Path, override: str, expected: str) -> None
     with pytest.raises(ConfigError) as error:
         load(tmp_path, text, override)
     assert expected in str(error.value)
+
+
+def test_a_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = as_config({"scheme": "w8a8", "output": "~/out"})
+    assert config.output is not None
+    assert config.output.dir == "/home/somebody/out"
+
+
+def test_text_sections_take_a_file_or_several() -> None:
+    for given in ("a.txt", ["a.txt"], {"data": "a.txt"}):
+        config = as_config({"scheme": "w8a8", "calibration": given, "evaluation": given})
+        assert config.calibration is not None
+        assert config.evaluation is not None
+        assert config.calibration.data == config.evaluation.data == ["a.txt"]
+
+
+def test_a_scheme_in_full_form_is_a_configuration() -> None:
+    full = {"weights": {"format": "int4", "group_size": 64}, "activations": None}
+    assert as_config(full) == as_config({"scheme": full}) == as_config("w4a16-g64")
+    with pytest.raises(ConfigError, match="key 'scheme' is required.*unknown key 'weight'"):
+        as_config({"weight": {}})
 
 
 def test_as_config() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ptq.calibrate.inputs import all_finite, batches_of, call, padding_mask, unmasked_rows
 from ptq.config import Plugin
 from ptq.errors import CalibrationError
+from ptq.model import eval_mode
 from ptq.observers import Observer, make_observer
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -81,7 +82,7 @@ def collect(
     }
     watch = _Watch(observers, dict.fromkeys(modules, 0))
     batches = progress(batches_of(data))
-    with _watching(modules, watch), _in_eval_mode(model):
+    with _watching(modules, watch), eval_mode(model):
         for index, batch in enumerate(batches):
             watch.batches, watch.mask = index + 1, padding_mask(batch)
             call(model, batch, index)
@@ -115,17 +116,6 @@ def _watching(modules: Mapping[str, nn.Module], watch: _Watch) -> Iterator[None]
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _refuse_unreached(watch: _Watch) -> None:

@@ -63,7 +63,8 @@ def save(
     total = sum(tensor.nbytes for tensor in tensors.values())
     target = check_target(directory, overwrite, total)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.parent.is_dir():
+            target.parent.mkdir(parents=True)
         with replacing(target, overwrite) as tmp:
             write_side_files(model, tmp, tokenizer, extra_files or {})
             entries = _write_tensors(tensors, tmp, shard_bytes, total)

@@ -4,7 +4,12 @@ import os
 from pathlib import Path
 
 from ptq.checkpoint.atomic import is_free, is_ours, recover
+from ptq.checkpoint.manifest import INDEX, MANIFEST
+from ptq.checkpoint.manifest_read import read_manifest
 from ptq.errors import CheckpointError
+
+REPORT = "report.json"
+"""What a run adds to a checkpoint afterwards."""
 
 
 def check_target(directory: str | Path, overwrite: bool, needed_bytes: int) -> Path:
@@ -22,7 +27,7 @@ def check_target(directory: str | Path, overwrite: bool, needed_bytes: int) -> P
         CheckpointError: something that is not a ptq checkpoint is there, or one without
             ``overwrite``; it cannot be made where it is to be; the disk is too full.
     """
-    target = Path(os.path.realpath(Path(directory).expanduser()))
+    target = _resolve(directory)
     _check_parent(target)
     if is_ours(target):
         if not overwrite:
@@ -30,6 +35,7 @@ def check_target(directory: str | Path, overwrite: bool, needed_bytes: int) -> P
                 f"{target} holds a ptq checkpoint already; ask to overwrite it "
                 "(output.overwrite: true, or --overwrite), or choose another directory"
             )
+        _check_only_ours(target)
     elif not is_free(target):
         kind = "directory that ptq did not write" if target.is_dir() else "file"
         raise CheckpointError(f"{target} is a {kind}, it stays as it is; choose another directory")
@@ -45,9 +51,38 @@ def check_target(directory: str | Path, overwrite: bool, needed_bytes: int) -> P
     return target
 
 
+def _resolve(directory: str | Path) -> Path:
+    try:
+        target = Path(os.path.realpath(Path(directory).expanduser()))
+        target.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, no such home
+        raise CheckpointError(
+            f"{str(directory)[:80]!r} cannot be a directory: {error}; choose another"
+        ) from None
+    return target
+
+
+def _check_only_ours(target: Path) -> None:
+    """Overwriting removes the directory: nothing may be in it that ptq did not write."""
+    manifest = read_manifest(target)
+    known = {*manifest.files, *(entry.shard for entry in manifest.tensors.values())}
+    known |= {MANIFEST, INDEX, REPORT}
+    try:
+        paths = sorted(target.rglob("*"))
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be listed: {error}; choose another") from None
+    for path in paths:
+        name = path.relative_to(target).as_posix()
+        if not path.is_dir() and name not in known:
+            raise CheckpointError(
+                f"{target} holds {name}, which ptq did not write and would remove; "
+                "move it away, or choose another directory"
+            )
+
+
 def _existing(target: Path) -> Path:
     """The nearest directory above the target that is there; those below it are made when saving."""
-    return next(parent for parent in target.parents if parent.exists())
+    return next(parent for parent in (*target.parents, target) if parent.exists())
 
 
 def _check_parent(target: Path) -> None:

@@ -1,7 +1,7 @@
 """Evaluation: perplexity, divergence from the float model, and generated text."""
 
 from ptq.evaluation.compare import compare, evaluate
-from ptq.evaluation.generate import Sample, sample
+from ptq.evaluation.generate import Sample, encode_prompt, require_generation, sample
 from ptq.evaluation.logits import ReferenceLogits, window_logits
 from ptq.evaluation.result import Evaluation, Perplexity, Protocol
 
@@ -12,7 +12,9 @@ __all__ = [
     "ReferenceLogits",
     "Sample",
     "compare",
+    "encode_prompt",
     "evaluate",
+    "require_generation",
     "sample",
     "window_logits",
 ]

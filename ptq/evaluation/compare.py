@@ -1,25 +1,28 @@
 """Measuring a model on windows of tokens, alone or against the float model."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ptq.calibrate import TokenSet, evaluation_windows
-from ptq.config import EvaluationConfig
+from ptq.config import EvaluationConfig, make_section
 from ptq.errors import CalibrationError
 from ptq.evaluation.logits import ReferenceLogits, window_logits
 from ptq.evaluation.result import Evaluation, Perplexity, Protocol
 from ptq.evaluation.statistics import TokenStatistics, nll, ratio_interval
+from ptq.model import check_tokens, require_causal
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 def evaluate(
     model: nn.Module,
-    data: str | Sequence[str] | TokenSet,
+    data: str | os.PathLike[str] | Sequence[str] | TokenSet,
     *,
     tokenizer: Any = None,
     reference: nn.Module | ReferenceLogits | None = None,
@@ -40,16 +43,24 @@ def evaluate(
 
     Raises:
         CalibrationError: the data cannot be used.
+        ConfigError: ``windows`` or ``context`` is out of range.
         UnsupportedError: a model has no next-token logits.
     """
     if not isinstance(data, TokenSet):
         if tokenizer is None:
             raise CalibrationError("evaluating on text needs a tokenizer: pass tokenizer=...")
-        sources = [data] if isinstance(data, str) else list(data)
-        config = EvaluationConfig(data=sources, windows=windows, context=context)
+        sources = [data] if isinstance(data, str | os.PathLike) else data
+        config = make_section(
+            EvaluationConfig,
+            "evaluate",
+            data=[os.fspath(source) for source in sources],
+            windows=windows,
+            context=context,
+        )
         data = evaluation_windows(config, tokenizer)
     if reference is not None:
         return compare(model, data, reference, progress=progress)
+    _check(model, data)
     lengths = _scored(data)
     losses = torch.empty(sum(lengths))  # whole from the start, as in TokenStatistics
     places = torch.split(losses, lengths)
@@ -68,18 +79,34 @@ def compare(
     *,
     progress: Progress = iter,
 ) -> Evaluation:
-    """Compare a model with the float model, window by window."""
+    """Compare a model with the float model, window by window.
+
+    Raises:
+        CalibrationError: a model cannot take the windows, or they differ in vocabulary.
+        UnsupportedError: a model has no next-token logits.
+    """
+    _check(model, data)
+    if isinstance(reference, nn.Module):
+        _check(reference, data)
     found = TokenStatistics(_scored(data))
     for index in progress(range(len(data.sequences))):
         window = data.sequences[index]
         logits = window_logits(model, window)
-        found.add(
-            _reference_logits(reference, index, window, logits),
-            logits,
-            window[1:].to(logits.device),
-        )
+        expected = _reference_logits(reference, index, window, logits)
+        if expected.shape != logits.shape:
+            raise CalibrationError(
+                f"the reference has a vocabulary of {expected.shape[1]}, the model one of "
+                f"{logits.shape[1]}: they are not the same model"
+            )
+        found.add(expected, logits, window[1:].to(logits.device))
     float_dtype = reference.dtype if isinstance(reference, ReferenceLogits) else _dtype(reference)
     return _result(found, _protocol(data, float_dtype, model))
+
+
+def _check(model: nn.Module, data: TokenSet) -> None:
+    require_causal(model)
+    if isinstance(model, PreTrainedModel):
+        check_tokens(model.config, data.sequences, f"evaluation text {', '.join(data.source)}")
 
 
 def _scored(data: TokenSet) -> list[int]:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from ptq.errors import ModelError, UnsupportedError
+from ptq.config import GenerationConfig
+from ptq.errors import CalibrationError, ModelError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -24,41 +25,65 @@ class Sample:
     seconds: float
 
 
+def encode_prompt(config: GenerationConfig, tokenizer: Any) -> Tensor:
+    """Token ids [1, T] of the prompt.
+
+    Raises:
+        ModelError: no tokenizer, or ``chat`` without a chat template.
+        CalibrationError: the prompt has no tokens.
+    """
+    if tokenizer is None:
+        raise ModelError("generation needs a tokenizer, and the model comes without one")
+    prompt = config.prompt
+    if config.chat:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ModelError("the tokenizer has no chat template; set generation.chat: false")
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # The template writes the special tokens itself.
+    found = tokenizer(prompt, return_tensors="pt", add_special_tokens=not config.chat)
+    if found["input_ids"].numel() == 0:
+        raise CalibrationError(f"generation.prompt {config.prompt!r} has no tokens; give another")
+    ids: Tensor = found["input_ids"].long()
+    return ids
+
+
 @torch.no_grad()
-def sample(
-    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, chat: bool = False
-) -> Sample:
+def sample(model: Any, tokenizer: Any, prompt: Tensor, max_new_tokens: int) -> Sample:
     """Decode greedily.
+
+    Args:
+        prompt: token ids [1, T] from :func:`encode_prompt`.
 
     Raises:
         UnsupportedError: the model does not generate.
-        ModelError: ``chat`` without a chat template.
     """
-    if not isinstance(model, nn.Module) or not _can_generate(model):
-        raise UnsupportedError(
-            f"{type(model).__name__} does not generate text; remove the generation section"
-        )
-    if chat:
-        if tokenizer.chat_template is None:
-            raise ModelError("the tokenizer has no chat template; set generation.chat: false")
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+    require_generation(model)
+    prompt = prompt.to(next(model.parameters()).device)
     pad = tokenizer.pad_token_id
     start = time.perf_counter()
-    tokens = model.generate(  # type: ignore[operator]
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+    tokens = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=1,
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
     )
     seconds = time.perf_counter() - start
-    new = tokens[0, inputs["input_ids"].shape[1] :]
+    # A decoder repeats the prompt; the decoder of an encoder-decoder begins with a start token.
+    new = tokens[0, 1 if model.config.is_encoder_decoder else prompt.shape[1] :]
     return Sample(tokenizer.decode(new, skip_special_tokens=True), len(new), seconds)
 
 
-def _can_generate(model: nn.Module) -> bool:
+def require_generation(model: Any) -> None:
+    """Refuse models without ``generate``.
+
+    Raises:
+        UnsupportedError: it has none.
+    """
     can = getattr(model, "can_generate", None)
-    return callable(can) and bool(can())
+    if not callable(can) or not can():
+        raise UnsupportedError(
+            f"{type(model).__name__} does not generate text; remove the generation section"
+        )

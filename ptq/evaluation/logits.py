@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ptq.core import is_finite
 from ptq.errors import CalibrationError, ModelError, UnsupportedError
+from ptq.model import eval_mode
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -23,6 +24,8 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 @torch.no_grad()
 def window_logits(model: nn.Module, window: Tensor) -> Tensor:
     """Logits [T - 1, V] that predict the tokens 1 .. T - 1 of a window [T] of token ids.
+
+    The model runs in eval mode.
 
     Raises:
         UnsupportedError: the model has no logits.
@@ -32,7 +35,8 @@ def window_logits(model: nn.Module, window: Tensor) -> Tensor:
     options: dict[str, Any] = {}
     if hasattr(getattr(model, "config", None), "use_cache"):
         options["use_cache"] = False
-    output = model(input_ids=window[None].to(parameter.device), **options)
+    with eval_mode(model):
+        output = model(input_ids=window[None].to(parameter.device), **options)
     logits = getattr(output, "logits", None)
     if logits is None or logits.dim() != 3:
         raise UnsupportedError(
@@ -82,8 +86,13 @@ class ReferenceLogits:
                 self.dtype = next(model.parameters()).dtype
                 self._logits_dtype, self._vocabulary = logits.dtype, logits.shape[1]
                 self._check_space(logits.nbytes * len(windows))
-            # As bytes: numpy knows no bfloat16, and a serializer would make a copy in memory.
-            logits.cpu().contiguous().view(torch.uint8).numpy().tofile(self._path(index))
+            try:
+                _write(logits, self._path(index))
+            except OSError as error:
+                raise CalibrationError(
+                    f"the float model's logits do not fit in {tempfile.gettempdir()}: {error}; "
+                    "lower evaluation.windows or set TMPDIR"
+                ) from None
 
     def __getitem__(self, index: int) -> Tensor:
         """Logits of one window, read (not mapped), on the CPU."""
@@ -102,3 +111,8 @@ class ReferenceLogits:
                 f"the float model's logits need {needed / 1e9:.1f} GB in {tempfile.gettempdir()}, "
                 f"where {free / 1e9:.1f} GB are free; lower evaluation.windows or set TMPDIR"
             )
+
+
+def _write(logits: Tensor, path: Path) -> None:
+    """As bytes: numpy knows no bfloat16, and a serializer would make a copy in memory."""
+    logits.cpu().contiguous().view(torch.uint8).numpy().tofile(path)

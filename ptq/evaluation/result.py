@@ -1,6 +1,7 @@
 """Results of an evaluation, with the protocol that they were measured by."""
 
 import html
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,7 +51,10 @@ class Evaluation:
     protocol: Protocol
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which has no infinity: an interval without an upper end has None there."""
+        found = asdict(self)
+        found["ratio_high"] = self.ratio_high if math.isfinite(self.ratio_high) else None
+        return found
 
     def _rows(self) -> list[tuple[str, str]]:
         p = self.protocol

@@ -4,29 +4,33 @@ from ptq.model.layers import (
     LayerInfo,
     cast_parameters,
     check_finite,
+    eval_mode,
     read_layers,
     replace_module,
 )
+from ptq.model.limits import check_tokens, max_positions, require_causal, require_token_ids
+from ptq.model.load import load_float
 from ptq.model.skeleton import fill_computed_buffers, skeleton
-from ptq.model.source import (
-    ModelSource,
-    load_float,
-    load_model,
-    load_model_config,
-    load_tokenizer,
-)
+from ptq.model.source import ModelSource, load_model, load_model_config, resolve_device
+from ptq.model.tokenizer import load_tokenizer
 
 __all__ = [
     "LayerInfo",
     "ModelSource",
     "cast_parameters",
     "check_finite",
+    "check_tokens",
+    "eval_mode",
     "fill_computed_buffers",
     "load_float",
     "load_model",
     "load_model_config",
     "load_tokenizer",
+    "max_positions",
     "read_layers",
     "replace_module",
+    "require_causal",
+    "require_token_ids",
+    "resolve_device",
     "skeleton",
 ]

@@ -1,5 +1,8 @@
 """Reading a model's module tree: its linear layers, its output head, what is shared."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,12 +15,17 @@ from ptq.errors import ModelError
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One parameter or persistent buffer of a module."""
+    """One parameter or persistent buffer of a module.
+
+    Args:
+        float32_in: dtypes of a model in which transformers keeps this tensor in float32.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     is_parameter: bool
+    float32_in: tuple[torch.dtype, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,8 @@ def read_layers(model: nn.Module) -> list[LayerInfo]:
             if n not in module._non_persistent_buffers_set
         }
         if tensors:
-            infos.append(_info(name, module, tensors, owners, module is head))
+            kept = {n: _float32_in(model, f"{name}.{n}") for n in tensors}
+            infos.append(_info(name, module, tensors, kept, owners, module is head))
         for tensor in tensors.values():
             owners.setdefault(id(tensor), name)
     return _both_ends(infos)
@@ -73,6 +82,7 @@ def _info(
     name: str,
     module: nn.Module,
     tensors: dict[str, torch.Tensor],
+    kept: dict[str, tuple[torch.dtype, ...]],
     owners: dict[int, str],
     is_head: bool,
 ) -> LayerInfo:
@@ -84,7 +94,7 @@ def _info(
         shape=() if weight is None else tuple(weight.shape),
         parameters=sum(t.numel() for t in own.values() if isinstance(t, nn.Parameter)),
         tensors=tuple(
-            TensorInfo(n, tuple(t.shape), t.dtype, isinstance(t, nn.Parameter))
+            TensorInfo(n, tuple(t.shape), t.dtype, isinstance(t, nn.Parameter), kept[n])
             for n, t in own.items()
         ),
         is_head=is_head,
@@ -107,6 +117,10 @@ def _both_ends(infos: list[LayerInfo]) -> list[LayerInfo]:
 def _obstacle(module: nn.Module) -> str | None:
     if is_parametrized(module):
         return "its weight is parametrized; remove the parametrization first"
+    if isinstance(module, nn.Linear) and "weight" not in module._parameters:
+        return "its weight is computed (weight_norm, spectral_norm, pruning); remove that first"
+    if "forward" in vars(module):
+        return "its forward was replaced (offloading hooks do that); take the hook off first"
     if type(module) is nn.Linear:
         return None
     if isinstance(module, nn.Linear):
@@ -127,15 +141,31 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         for leaf, child in list(parent._modules.items()):
             if child is old:
                 setattr(parent, leaf, new)
+                _leave_fast_path(model, parent)
+
+
+def _leave_fast_path(model: nn.Module, parent: nn.Module) -> None:
+    """torch's fused encoder layer would read float weights and never call the new layer."""
+    if not isinstance(parent, nn.TransformerEncoderLayer):
+        return
+    parent.activation_relu_or_gelu = 0
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def check_finite(model: nn.Module) -> None:
     """Refuse weights that are not numbers.
 
     Raises:
-        ModelError: names the first tensor with NaN or Inf.
+        ModelError: names the first tensor with NaN or Inf, or without values (meta device).
     """
     for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise ModelError(
+                f"tensor {name} has no values (it is on the meta device, or offloaded); "
+                "load the whole model on cpu or cuda"
+            )
         if tensor.is_floating_point() and not is_finite(tensor):
             bad = int((~tensor.isfinite()).sum())
             raise ModelError(
@@ -148,10 +178,39 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the float parameters, in place; buffers (rotary frequencies, scales) stay as they are.
 
     ``model.to(dtype)`` would round the rotary frequencies, which ``from_pretrained`` does not.
+    What transformers keeps in float32 in a model of this dtype becomes float32.
     """
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+            kept = dtype in _float32_in(model, name)
+            parameter.data = parameter.data.to(torch.float32 if kept else dtype)
     config = getattr(model, "config", None)
     if config is not None:
         config.dtype = dtype
+
+
+def _float32_in(model: nn.Module, name: str) -> tuple[torch.dtype, ...]:
+    """dtypes of a model in which transformers keeps the tensor ``name`` in float32."""
+    halves = {
+        "_keep_in_fp32_modules": (torch.float16,),
+        "_keep_in_fp32_modules_strict": (torch.float16, torch.bfloat16),
+    }
+    return tuple(
+        dtype
+        for attribute, dtypes in halves.items()
+        for part in getattr(model, attribute, None) or ()
+        if re.search(rf"(^|\.){re.escape(part)}($|\.)", name)
+        for dtype in dtypes
+    )
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode within the block; afterwards every module is in the mode that it was in."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -2,19 +2,19 @@
 
 import importlib.util
 import io
-import json
 import struct
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from ptq.config import DTypeName, ModelConfig, torch_dtype
+from ptq.config import ModelConfig, torch_dtype
 from ptq.errors import ModelError, UnsupportedError
 from ptq.model.skeleton import model_class
 
@@ -44,7 +44,8 @@ class ModelSource:
         if options.id.startswith("package:"):
             return cls._local(_in_package(options.id), options)
         path = Path(options.id).expanduser()
-        if path.exists() or options.id.startswith((".", "/", "~")) or path.suffix == ".gguf":
+        named = options.id.startswith((".", "/", "~")) or path.suffix == ".gguf"
+        if named or path.exists() or (path.parent != Path() and path.parent.is_dir()):
             return cls._local(path, options)
         return cls(options.id, None, options)
 
@@ -83,7 +84,7 @@ class ModelSource:
 
 def _in_package(identifier: str) -> Path:
     name, _, inside = identifier.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(name)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"model {identifier!r}: no Python package {name!r} is installed; "
@@ -132,8 +133,12 @@ def load_model_config(source: ModelSource) -> PretrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(source.path, **source.arguments)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ModelError(f"model {source}: {_first_line(error)}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if Path(source.path).is_dir():
+            raise ModelError(f"config of {source}: {_first_line(error)}") from None
+        raise ModelError(
+            f"no file or directory {source} here, and not found on the hub: {_first_line(error)}"
+        ) from None
     assert isinstance(config, PretrainedConfig)
     existing = getattr(config, "quantization_config", None)
     if existing is not None and source.gguf_file is None:
@@ -146,17 +151,23 @@ def load_model_config(source: ModelSource) -> PretrainedConfig:
 
 
 def load_model(
-    source: ModelSource, config: PretrainedConfig | None = None, *, bars: bool = True
+    source: ModelSource,
+    config: PretrainedConfig | None = None,
+    *,
+    bars: bool = True,
+    say: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
     """The float model with its weights, in eval mode.
 
     Args:
         bars: let transformers show its progress on standard error.
+        say: is told about weights in the files that the model does not have.
 
     Raises:
-        ModelError: not found, unreadable, or weights are missing from the files.
+        ModelError: not found, unreadable, weights are missing from the files, or no such device.
     """
     config = load_model_config(source) if config is None else config
+    device = resolve_device(source.options.device)
     try:
         with nullcontext() if bars else redirect_stderr(io.StringIO()):
             model, info = model_class(config).from_pretrained(
@@ -170,30 +181,18 @@ def load_model(
             f"model {source}: {len(missing)} weights are not in its files and would be random, "
             f"among them {missing[0]}"
         )
+    extra = sorted(info["unexpected_keys"])
+    if extra and say is not None:
+        say(
+            f"left out: {len(extra)} tensors in the files are not in {type(model).__name__}, "
+            f"among them {extra[0]}; is config.json the right one?"
+        )
     if source.gguf_file is not None:
         _forget_gguf(model)
     assert isinstance(model, PreTrainedModel)
-    nn.Module.to(model, _device(source.options.device))
+    nn.Module.to(model, device)
     model.eval()  # type: ignore[no-untyped-call]
     return model
-
-
-def load_float(
-    identifier: str, *, dtype: DTypeName | Literal["auto"] = "auto", device: str = "cpu"
-) -> tuple[PreTrainedModel, Any]:
-    """A float model and its tokenizer, for notebooks.
-
-    Args:
-        identifier: hub id, local directory, .gguf file, or ``package:NAME/FILE`` for a file in an
-            installed Python package.
-        dtype: auto: as stored (GGUF files: float32).
-
-    Raises:
-        ModelError: not found or unreadable.
-        UnsupportedError: the model is already quantized.
-    """
-    source = ModelSource.resolve(ModelConfig(id=identifier, dtype=dtype, device=device))
-    return load_model(source), load_tokenizer(source)
 
 
 def _forget_gguf(model: Any) -> None:
@@ -208,28 +207,25 @@ def _forget_gguf(model: Any) -> None:
             delattr(owner, name)
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """The device of this name; ``auto`` is cuda where there is one.
+
+    Raises:
+        ModelError: there is no such device, or ptq does not run on it.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ModelError(f"model.device: {name!r} is no device; use cpu, cuda or auto") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {name!r}: use cpu, cuda, cuda:1, ... or auto")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("model.device is cuda, but torch sees no CUDA device; use cpu or auto")
+        raise ModelError("device cuda: torch sees no CUDA device; use cpu or auto")
+    if device.index is not None and device.index >= max(1, torch.cuda.device_count()):
+        raise ModelError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
     return device
-
-
-def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        ModelError: the model comes without one.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(source.path, **source.arguments)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"tokenizer of {source}: {_first_line(error)}") from None
 
 
 def _first_line(error: BaseException) -> str:

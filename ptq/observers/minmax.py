@@ -12,7 +12,7 @@ from ptq.observers.base import extremes, nothing_seen
 class MinMaxOptions(BaseModel):
     """None."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class MinMax:

@@ -11,7 +11,7 @@ from ptq.observers.base import extremes, nothing_seen
 class MovingAverageOptions(BaseModel):
     """``momentum``: the weight of what was seen before, against one batch."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
 

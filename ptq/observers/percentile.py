@@ -20,7 +20,7 @@ _AT_ONCE = 1 << 16  # values that are widened to float64 at a time: they stay in
 class PercentileOptions(BaseModel):
     """Which share is kept: ``percentile`` of 99.9 cuts the outer 0.1% at each end."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
 
 

@@ -22,6 +22,7 @@ class Console:
 
     mode: Mode = "normal"
     stage_name: str = field(default="start", init=False)
+    outcome: str = field(default="nothing half-written stays behind", init=False)
 
     def stage(self, name: str) -> None:
         """Begin a stage; its name is what an interruption reports."""

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-FILE_NAME = "report.json"
+from ptq.checkpoint.target import REPORT
+from ptq.planning import megabytes
 
 
 @dataclass
@@ -22,11 +23,11 @@ class Report:
     sections: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(self.sections, indent=2)
+        return json.dumps(self.sections, indent=2, allow_nan=False)
 
     def write(self, directory: str | Path) -> Path:
         """Write ``report.json`` into the directory, whole or not at all."""
-        target = Path(directory) / FILE_NAME
+        target = Path(directory) / REPORT
         temporary = target.with_suffix(".json.tmp")
         temporary.write_text(self.to_json() + "\n", encoding="utf-8")
         os.replace(temporary, target)
@@ -39,37 +40,44 @@ class Report:
 def _summary(s: dict[str, Any]) -> list[str]:
     plan, lines = s["plan"], []
     lines.append(
-        f"size       {plan['bytes_before'] / 1e6:.1f} MB -> {plan['bytes_after'] / 1e6:.1f} MB of "
+        f"size       {megabytes(plan['bytes_before'])} -> {megabytes(plan['bytes_after'])} of "
         f"tensors ({plan['compression']:.2f}x); {100 * plan['quantized_share_of_parameters']:.1f}% "
         "of the parameters quantized"
     )
     if "checkpoint" in s:
         c = s["checkpoint"]
         lines.append(
-            f"checkpoint {c['directory']} ({c['weight_file_bytes'] / 1e6:.1f} MB of weights)"
+            f"checkpoint {c['directory']} ({megabytes(c['weight_file_bytes'])} of weights)"
         )
         lines.append(f"verified   read back, bit-equal: {c['bit_equal']}")
     if "evaluation" in s:
         e = s["evaluation"]
+        high = "unknown" if e["ratio_high"] is None else f"{e['ratio_high']:.4f}"
         lines.append(
             f"quality    perplexity {e['float_perplexity']:.3f} -> "
             f"{e['quantized_perplexity']:.3f}, ratio {e['ratio']:.4f} "
-            f"[{e['ratio_low']:.4f}, {e['ratio_high']:.4f}]; "
+            f"[{e['ratio_low']:.4f}, {high}]; "
             f"KL {e['kl_mean']:.4f}, top-1 agreement {100 * e['top1_agreement']:.1f}%"
         )
     else:
         lines.append("quality    not measured (no evaluation section in the config)")
+    lines += [f"note       {note}" for note in s.get("notes", [])]
     if "generation" in s:
         g = s["generation"]
         lines += [
-            f"prompt     {g['prompt']!r}",
-            f"float      {g['float']!r}",
-            f"quantized  {g['quantized']!r}",
+            f"prompt     {_short(g['prompt'])}",
+            f"float      {_short(g['float'])}",
+            f"quantized  {_short(g['quantized'])}",
         ]
     if "resources" in s:
         r = s["resources"]
         lines.append(f"cost       {r['seconds']:.0f} s, {r['peak_memory_bytes'] / 1e9:.2f} GB peak")
     return lines
+
+
+def _short(text: str) -> str:
+    """One line of at most some 160 characters."""
+    return repr(text if len(text) <= 160 else text[:157] + "...")
 
 
 def environment() -> dict[str, Any]:

@@ -41,7 +41,7 @@ WHISPER = WhisperConfig(
 def models() -> dict[str, tuple[nn.Module, str]]:
     return {
         "llama": (tiny_llama(), "the model's outputs"),
-        "bert": (tiny_bert(), "the model's outputs"),
+        "bert": (tiny_bert(), "every quantized layer's outputs"),
         "vit": (ViTForImageClassification(VIT).eval(), "every quantized layer's outputs"),
         "whisper": (Whisper(WHISPER).eval(), "every quantized layer's outputs"),
         "module": (nn.Sequential(nn.Linear(32, 8)), "every quantized layer's outputs"),

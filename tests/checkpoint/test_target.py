@@ -66,6 +66,27 @@ def test_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuses(tmp_path / "out", f"{tmp_path} is not writable")
 
 
+@pytest.mark.parametrize("foreign", ["README.md", ".git/HEAD", "other.safetensors"])
+def test_files_beside_a_checkpoint_are_not_removed(tmp_path: Path, foreign: str) -> None:
+    model = quantize_linears(nn.Sequential(nn.Linear(8, 8)), "w8a16")
+    save(model, tmp_path / "out", extra_files={"notes.txt": "ours"})
+    (tmp_path / "out/report.json").write_text("{}")
+    assert check_target(tmp_path / "out", True, 1)
+    path = tmp_path / "out" / foreign
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    refuses(tmp_path / "out", f"holds {foreign}, which ptq did not write and would remove")
+    with pytest.raises(CheckpointError):
+        save(model, tmp_path / "out", overwrite=True)
+    assert path.read_text() == "mine"
+
+
+def test_paths_that_cannot_be(tmp_path: Path) -> None:
+    refuses(Path("/"), "is a directory that ptq did not write")
+    refuses(tmp_path / ("x" * 300), "cannot be a directory: .*too long")
+    refuses(Path(f"{tmp_path}/a\0b"), "cannot be a directory: .*null")
+
+
 def test_a_mount_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")

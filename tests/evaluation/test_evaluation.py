@@ -1,19 +1,41 @@
 """Perplexity, divergence and their interval, against independent computations in float64."""
 
+import json
 import math
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.normalizers import Strip
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
+from transformers import (
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import ptq
 from ptq.calibrate import TokenSet
-from ptq.errors import CalibrationError, ModelError, UnsupportedError
-from ptq.evaluation import Evaluation, Perplexity, ReferenceLogits, compare, evaluate, sample
+from ptq.config import GenerationConfig
+from ptq.errors import CalibrationError, ConfigError, ModelError, UnsupportedError
+from ptq.evaluation import (
+    Evaluation,
+    Perplexity,
+    ReferenceLogits,
+    compare,
+    encode_prompt,
+    evaluate,
+    sample,
+)
 from ptq.evaluation.statistics import TokenStatistics, nll, ratio_interval, student_t
 from tests.helpers import tiny_bert, tiny_llama
 from tests.tiny import tiny_tokenizer
@@ -66,7 +88,7 @@ def test_a_model_against_itself() -> None:
 
 
 def test_damage_shows() -> None:
-    data, model = windows(6, 200), tiny_llama()
+    data, model = windows(20, 60), tiny_llama()
     # Windows that the model itself finds likely, so that damage can only hurt.
     likely = TokenSet(
         tuple(torch.cat((w[:1], logits64(model, w).argmax(-1))) for w in data.sequences),
@@ -204,14 +226,103 @@ def test_sample_gives_new_tokens_only() -> None:
     tokenizer = tiny_tokenizer(chat=True)
     model = tiny_llama()
     model.generation_config.eos_token_id = None
-    made = sample(model, tokenizer, "w3 w4", 5)
+    prompt = encode_prompt(GenerationConfig(prompt="w3 w4"), tokenizer)
+    made = sample(model, tokenizer, prompt, 5)
     assert made.new_tokens == 5
     assert not made.text.startswith("w3 w4 ")
-    assert sample(model, tokenizer, "w3 w4", 5, chat=True).new_tokens == 5
+
+
+def test_sample_of_an_encoder_decoder_is_what_the_decoder_wrote() -> None:
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=97,
+        decoder_start_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    prompt = encode_prompt(GenerationConfig(prompt="w3 " * 20), tiny_tokenizer())
+    made = sample(T5ForConditionalGeneration(config).eval(), tiny_tokenizer(), prompt, 6)
+    assert made.new_tokens == 6
+
+
+def test_the_prompt_of_a_chat_has_its_special_tokens_once() -> None:
+    """The template writes them; a tokenizer that adds its own would double them."""
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 1)]
+    )
+    tokenizer.chat_template = "<eos> {{ messages[0]['content'] }}"
+    chat = encode_prompt(GenerationConfig(prompt="w3", chat=True), tokenizer)
+    plain = encode_prompt(GenerationConfig(prompt="w3"), tokenizer)
+    assert tokenizer.decode(chat[0]) == tokenizer.decode(plain[0]) == "<eos> w3"
+
+
+def test_prompts_that_cannot_be_used() -> None:
+    with pytest.raises(ModelError, match="chat template"):
+        encode_prompt(GenerationConfig(chat=True), tiny_tokenizer())
+    with pytest.raises(ModelError, match="without one"):
+        encode_prompt(GenerationConfig(), None)
+    tokenizer = tiny_tokenizer()
+    tokenizer._tokenizer.normalizer = Strip()
+    blank = GenerationConfig.model_construct(prompt="  ", chat=False, max_new_tokens=1)
+    with pytest.raises(CalibrationError, match="has no tokens"):
+        encode_prompt(blank, tokenizer)
 
 
 def test_sample_refuses_what_cannot_generate() -> None:
     with pytest.raises(UnsupportedError, match="does not generate"):
-        sample(tiny_bert(), tiny_tokenizer(), "w3", 5)
-    with pytest.raises(ModelError, match="chat template"):
-        sample(tiny_llama(), tiny_tokenizer(), "w3", 5, chat=True)
+        sample(tiny_bert(), tiny_tokenizer(), torch.tensor([[3]]), 5)
+
+
+def test_dropout_is_off_while_measuring_and_the_mode_stays() -> None:
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=64)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config)
+    expected = evaluate(model.eval(), windows())
+    assert evaluate(model.train(), windows()) == expected
+    assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: BertForMaskedLM(tiny_bert().config), "BertForMaskedLM is no decoder"),
+        (lambda: T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1,
+                                                     num_heads=4, vocab_size=97)), "no decoder"),
+    ],
+)  # fmt: skip
+def test_models_that_predict_something_else(make: Callable[[], nn.Module], expected: str) -> None:
+    with pytest.raises(UnsupportedError, match=expected):
+        evaluate(make(), windows())
+
+
+def test_text_that_the_model_cannot_take(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with pytest.raises(CalibrationError, match="65 tokens in one piece, the model has 64"):
+        evaluate(model, windows(2, 65))
+    foreign = TokenSet((torch.tensor([1, 97]),), "x", 1, ("t.txt",))
+    with pytest.raises(CalibrationError, match="token id 97, the model's vocabulary has 97"):
+        evaluate(model, foreign)
+    config = tiny_llama().config.to_dict() | {"vocab_size": 98}
+    other = LlamaForCausalLM(LlamaConfig(**config))
+    with pytest.raises(CalibrationError, match="vocabulary of 98, the model one of 97"):
+        compare(model, windows(), other)
+    with pytest.raises(ConfigError, match="evaluate: windows: .*greater than or equal to 1"):
+        evaluate(model, "x.txt", tokenizer=tiny_tokenizer(), windows=0)
+    path = tmp_path / "text.txt"
+    path.write_text("w1 w2 w3 w4 " * 40)
+    assert evaluate(model, path, tokenizer=tiny_tokenizer(), context=40)
+
+
+def test_one_block_has_no_upper_end_in_json() -> None:
+    result = compare(tiny_llama(seed=1), windows(1, 40), tiny_llama())
+    assert isinstance(result, Evaluation)
+    assert result.ratio_high == math.inf
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["ratio_high"] is None
+
+
+def test_a_disk_that_fills_up_while_logits_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("24444 requested and 10240 written")
+
+    with ReferenceLogits() as recorded, monkeypatch.context() as patch:
+        patch.setattr("ptq.evaluation.logits._write", full)
+        with pytest.raises(CalibrationError, match="do not fit in .*set TMPDIR"):
+            recorded.record(tiny_llama(), windows().sequences)
