@@ -190,7 +190,16 @@ def test_a_directory_that_is_not_ours_is_never_touched(
         ({"rules": [{"layers": "*.nope", "scheme": "float"}]}, "matches no linear layer"),
         ({"evaluation": {"data": "./nowhere.txt"}}, "nowhere.txt"),
         ({"evaluation": {"data": __file__ + ".jsonl"}}, "no calibration or evaluation file"),
-        ({"model": {"id": "./x", "device": "cuda"}}, "nothing at"),
+        ({"model": {"id": "./x", "device": "gpu"}}, "device 'gpu': use cpu, cuda"),
+        ({"model": {"id": "./x", "device": "meta"}}, "device 'meta': use cpu, cuda"),
+        ({"model": {"id": "./x", "device": "cpu"}}, "nothing at"),
+        ({"model": "configs/no-such-model"}, "nothing at"),
+        ({"model": "package:a.b/x.gguf"}, "no Python package 'a.b' is installed"),
+        ({"evaluation": {"data": "EVALUATION", "context": 300}}, "the model has 256 positions"),
+        ({"generation": {"prompt": "w1", "max_new_tokens": 300}}, "1 tokens of prompt and 300"),
+        ({"generation": {"prompt": "w1", "chat": True}}, "no chat template"),
+        ({"generation": {"prompt": ""}}, "generation.prompt: must not be blank"),
+        ({"output": "/"}, "directory that ptq did not write"),
     ],
     ids=str,
 )
@@ -199,10 +208,14 @@ def test_mistakes_are_one_line_before_any_weights(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    tiny_texts: tuple[Path, Path],
     changes: dict[str, object],
     expected: str,
 ) -> None:
     monkeypatch.setattr("ptq.pipeline.load_model", None)
+    monkeypatch.chdir(ROOT)
+    if changes.get("evaluation", {}).get("data") == "EVALUATION":  # type: ignore[attr-defined]
+        changes = {"evaluation": {**changes["evaluation"], "data": str(tiny_texts[1])}}  # type: ignore[dict-item]
     assert expected in fails(capsys, "--config", str(recipe(**changes)))
     assert nothing_left(tmp_path)
 
@@ -259,6 +272,63 @@ def test_truncated_safetensors(
     assert "not a whole safetensors file" in fails(
         capsys, "--config", str(recipe(model=str(own_model)))
     )
+
+
+def test_weights_that_the_model_does_not_have_are_told(
+    recipe: Recipe, own_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = own_model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 1}))
+    assert main("--config", str(recipe(model=str(own_model)))) == 0
+    expected = "left out: 9 tensors in the files are not in LlamaForCausalLM, among them model.lay"
+    assert expected in capsys.readouterr().out
+    assert expected in str(json.loads((tmp_path / "out/report.json").read_text())["notes"])
+
+
+def test_a_model_without_a_tokenizer(
+    recipe: Recipe, own_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Is quantized, if nothing needs one; a damaged tokenizer is an error."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (own_model / name).unlink()
+    plain = {"model": str(own_model), "evaluation": None, "generation": None}
+    assert main("--config", str(recipe(**plain))) == 0
+    assert "note: the model comes without a tokenizer: none is saved" in capsys.readouterr().out
+    text = recipe(model=str(own_model), generation=None, output=str(own_model.parent / "b"))
+    assert "has no tokenizer, which its text needs" in fails(capsys, "--config", str(text))
+    (own_model / "tokenizer.json").write_text("{")
+    broken = recipe(**plain, output=str(own_model.parent / "c"))
+    assert "repair its tokenizer files" in fails(capsys, "--config", str(broken))
+
+
+def test_a_calibration_section_that_is_not_used_is_told(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main("--config", str(recipe(calibration="x.txt")), "--dry-run") == 0
+    assert "note: the calibration section is not used" in capsys.readouterr().out
+
+
+def test_output_is_a_path_whatever_it_looks_like(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = str(recipe(evaluation=None, generation=None))
+    assert main("--config", path, "--output", "1234", "--quiet") == 0
+    assert (tmp_path / "1234" / "report.json").is_file()
+    assert main("--config", path, "--output", "", "--quiet") == 2
+
+
+def test_a_reader_that_goes_away(recipe: Recipe) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--config", str(recipe()), "--dry-run", "--full-plan"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 141
+    assert b"Traceback" not in errors
 
 
 def test_missing_weights_are_not_left_random(
@@ -363,7 +433,11 @@ def test_interruption_in_every_stage(
     monkeypatch.setattr(stage, interrupt)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert main("--config", str(recipe())) == 130
-    assert "interrupted in stage" in capsys.readouterr().err
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "interrupted in stage" in message
+    whole = stage.endswith("compare")
+    assert ("is whole, but its report.json is missing" in message) == whole
+    assert ("nothing half-written stays behind" in message) != whole
     left = {p.name for p in tmp_path.iterdir()}
     # After the checkpoint is in place it stays, whole.
     assert left == ({"recipe.yaml", "out"} if stage.endswith("compare") else {"recipe.yaml"})
@@ -372,7 +446,7 @@ def test_interruption_in_every_stage(
 
 
 def test_a_real_interrupt_signal(recipe: Recipe, tmp_path: Path) -> None:
-    """Ctrl-C while the process imports or works: exit code 130, and nothing half-written."""
+    """Ctrl-C while the process works: exit code 130, and nothing half-written."""
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), "--config", str(recipe())],
         stdout=subprocess.PIPE,
@@ -388,6 +462,22 @@ def test_a_real_interrupt_signal(recipe: Recipe, tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert not [p for p in tmp_path.iterdir() if "tmp" in p.name]
+
+
+@pytest.mark.parametrize("delay", [0.3, 1.0, 2.0])
+def test_an_interrupt_while_importing_prints_no_traceback(recipe: Recipe, delay: float) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--config", str(recipe())],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    # Killed by the signal before there was anything to clean up (a shell shows 130), or later.
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert "Traceback" not in errors
 
 
 def test_help_is_worth_reading() -> None:
