@@ -56,21 +56,22 @@ def quantize_activation(
     """
     if scheme is None:
         return Activation(x)
+    values = x.float()
     if scheme.mode == "static":
         assert input_scale is not None
         zero_point = None if input_zero_point is None else input_zero_point.reshape(1, 1)
-        codes = _codes(x, input_scale.reshape(1, 1), zero_point).clamp_(-128, 127)
+        codes = _codes(values, input_scale.reshape(1, 1), zero_point).clamp_(-128, 127)
         return Activation(codes.to(dtype), input_scale.reshape(1, 1), zero_point)
     smallest = torch.finfo(torch.float32).smallest_normal
     if scheme.symmetric:
-        scale = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).float()
-        scale = scale.div_(127).clamp_(min=smallest)
-        return Activation(_codes(x, scale, None).to(dtype), scale)
-    low, high = torch.aminmax(x, dim=-1, keepdim=True)
-    low, high = low.float().clamp_(max=0), high.float().clamp_(min=0)
+        # vector_norm(inf) and aminmax take ten times as long on a CPU.
+        scale = values.abs().amax(dim=-1, keepdim=True).div_(127).clamp_(min=smallest)
+        return Activation(_codes(values, scale, None).to(dtype), scale)
+    low = values.amin(dim=-1, keepdim=True).clamp_(max=0)
+    high = values.amax(dim=-1, keepdim=True).clamp_(min=0)
     scale = ((high - low) / 255).clamp_(min=smallest)
     zero_point = (-128 - low / scale).round_().clamp_(-128, 127).to(torch.int32)
-    codes = _codes(x, scale, zero_point).clamp_(-128, 127)
+    codes = _codes(values, scale, zero_point).clamp_(-128, 127)
     return Activation(codes.to(dtype), scale, zero_point)
 
 
@@ -78,3 +79,16 @@ def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     """``round(x / scale) + zero_point`` in float32."""
     codes = torch.div(x, scale).round_()
     return codes if zero_point is None else codes.add_(zero_point)
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 where it was that."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def scaled(y: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A kernel's own product y [M, N] (changed in place) times the float32 scale of its rows
+    [M, 1] or columns [1, N], in ``dtype``; computed in float32."""
+    if scale is None:
+        return y.to(dtype)
+    return y.to(widened(y.dtype)).mul_(scale).to(dtype)

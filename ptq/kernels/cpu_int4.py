@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ptq.core import QuantizedWeight
-from ptq.kernels.activations import Activation
+from ptq.kernels.activations import Activation, scaled
 from ptq.kernels.spec import FLOATS, LinearSpec
 
 GROUPS = (256, 128, 64, 32)
@@ -60,7 +60,7 @@ class Int4Pack:
 
     name: str = "int4pack"
     integer: bool = False
-    rows: int = 32
+    rows: int = 48
 
     def supports(self, spec: LinearSpec) -> str | None:
         if spec.device != "cpu":
@@ -73,7 +73,7 @@ class Int4Pack:
         if spec.n % 16:
             return f"N={spec.n} is not a multiple of 16"
         if spec.m > self.rows:
-            return f"M={spec.m} > {self.rows}: slower than dequantizing"
+            return f"more than {self.rows} rows: slower than dequantizing"
         return None
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Int4Prepared:
@@ -88,7 +88,7 @@ class Int4Pack:
         y = torch._weight_int4pack_mm_for_cpu(
             values.contiguous(), prepared.packed, prepared.group, prepared.scales_and_zeros
         )
-        return (y if row_scale is None else y * row_scale).to(dtype)
+        return scaled(y, row_scale, dtype)
 
     def tolerance(self, spec: LinearSpec) -> float:
         # x, the scale, the zero (up to 16 steps of the scale) and the result are rounded.

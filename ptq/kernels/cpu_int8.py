@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ptq.core import QuantizedWeight
-from ptq.kernels.activations import Activation
+from ptq.kernels.activations import Activation, scaled
 from ptq.kernels.spec import FLOATS, LinearSpec
 
 
@@ -49,14 +49,19 @@ def apply_scales(product: Tensor, x: Activation, w: IntCodes) -> Tensor:
     return product.float().mul_(x.scale).mul_(w.scale)
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def int_mm_is_exact() -> bool:
     """Whether this processor's ``_int_mm`` gives exact sums.
 
     oneDNN multiplies int8 by vpmaddubsw where a processor has no VNNI (before Cascade Lake and
-    Zen 4), which adds neighbouring products in 16 bits and saturates. Half the codes are at their
-    ends here, so a saturating product differs.
+    Zen 4), which adds neighbouring products in 16 bits and saturates.
     """
+    return _probe()
+
+
+@cache
+def _probe() -> bool:
+    """Half the codes are at their ends, so a product that saturates differs."""
     codes = torch.full((32, 64), 127, dtype=torch.int8)
     codes[::2] = -128
     return torch.equal(torch._int_mm(codes, codes.t()).float(), codes.float() @ codes.t().float())
@@ -158,7 +163,7 @@ class Int8Pack:
         if spec.k % 16:
             return f"K={spec.k} is not a multiple of 16 (the op would read past the row)"
         if spec.m > self.rows:
-            return f"M={spec.m} > {self.rows}: slower than dequantizing"
+            return f"more than {self.rows} rows: slower than dequantizing"
         return None
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Int8Packed:
@@ -171,7 +176,7 @@ class Int8Pack:
         values, row_scale = x.as_float(prepared.exponent.dtype)
         y = torch._weight_int8pack_mm(values.contiguous(), prepared.codes, prepared.exponent)
         y = y.float().mul_(prepared.scale)
-        return (y if row_scale is None else y * row_scale).to(dtype)
+        return scaled(y, row_scale, dtype)
 
     def tolerance(self, spec: LinearSpec) -> float:
         # x, the unscaled product and y are rounded.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ptq.core import QuantizedWeight
-from ptq.kernels.activations import Activation
+from ptq.kernels.activations import Activation, scaled
 from ptq.kernels.cpu_int4 import Int4Prepared, nibble_reason, op_group, scales_and_zeros
 from ptq.kernels.cpu_int8 import (
     IntCodes,
@@ -80,7 +80,7 @@ class CudaInt4:
         if spec.n % 8 or spec.k % (self.inner_k_tiles * 16):
             return f"N={spec.n} must be a multiple of 8, K={spec.k} of {self.inner_k_tiles * 16}"
         if spec.m > self.rows:
-            return f"M={spec.m} > {self.rows}: slower than dequantizing"
+            return f"more than {self.rows} rows: slower than dequantizing"
         return None
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Int4Prepared:
@@ -97,7 +97,7 @@ class CudaInt4:
         y: Tensor = self.ops._weight_int4pack_mm(
             values.contiguous(), prepared.packed, prepared.group, prepared.scales_and_zeros
         )
-        return (y if row_scale is None else y * row_scale).to(dtype)
+        return scaled(y, row_scale, dtype)
 
     def tolerance(self, spec: LinearSpec) -> float:
         return (4 if spec.symmetric else 20) * torch.finfo(torch.bfloat16).eps
@@ -127,7 +127,7 @@ class CudaInt8Pack:
         if spec.dtype not in (torch.float32, torch.bfloat16):
             return "for float32 and bfloat16, which hold every scale"
         if spec.m > self.rows:
-            return f"M={spec.m} > {self.rows}: slower than dequantizing"
+            return f"more than {self.rows} rows: slower than dequantizing"
         return None
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ class CudaInt8Pack:
         codes, scale = prepared
         values, row_scale = x.as_float(scale.dtype)
         y: Tensor = self.ops._weight_int8pack_mm(values.contiguous(), codes, scale)
-        return (y if row_scale is None else y * row_scale).to(dtype)
+        return scaled(y, row_scale, dtype)
 
     def tolerance(self, spec: LinearSpec) -> float:
         return 4 * torch.finfo(spec.dtype).eps

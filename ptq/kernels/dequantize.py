@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ptq.core import QuantizedWeight, unpack
-from ptq.kernels.activations import Activation
+from ptq.kernels.activations import Activation, scaled, widened
 from ptq.kernels.spec import LinearSpec
 
 _CPU_BLOCK = 1 << 20  # weights at a time: in the last-level cache
@@ -51,8 +51,8 @@ class DequantizeBlocks:
             _fill(block[:size], floats[:size], weight, part)
             torch.mm(values, block[:size].t(), out=y[:, part])
         if weight.granularity.kind != "group":
-            y = y * weight.scale.float().reshape(1, -1)
-        return (y if row_scale is None else y * row_scale).to(dtype)
+            y = scaled(y, weight.scale.float().reshape(1, -1), widened(y.dtype))
+        return scaled(y, row_scale, dtype)
 
     def tolerance(self, spec: LinearSpec) -> float:
         # x - zero point, the dequantized weight, the product and the scaled product are rounded.
@@ -90,7 +90,7 @@ def _fill(block: Tensor, floats: Tensor, weight: QuantizedWeight, rows: slice) -
     if zero_point is not None:
         parts.sub_(zero_point.float()[:, None, :, None])
     parts.mul_(weight.scale[rows].float()[:, None, :, None])
-    if block.data_ptr() != floats.data_ptr():
+    if block.dtype != floats.dtype:  # else they are the same memory
         block.copy_(floats)
 
 

@@ -130,9 +130,11 @@ class QuantLinear(nn.Module):
     def _bind(self, rows: Tensor) -> tuple[Kernel, Any]:
         """The kernel for this many rows and its prepared weight, both remembered."""
         key = (rows.device.type, rows.dtype, rows.shape[0])
-        kernel = self._choice.get(key)
-        if kernel is None:
-            kernel = self._choice[key] = select(self.spec(*key))
+        if torch.compiler.is_compiling():  # a look-up by the number would fix the number
+            kernel = select(self.spec(*key))
+        else:
+            kernel = self._choice.get(key) or select(self.spec(*key))
+            self._choice[key] = kernel
         prepared = self._prepared.get((kernel.name, rows.dtype))
         if prepared is None:
             prepared = kernel.prepare(self.quantized_weight, rows.dtype)
