@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,35 @@ def test_set_overrides_and_same_seed_gives_same_bytes(recipe: Recipe, tmp_path: 
         assert next(iter(ptq.load(out).modules()))
         hashes.append((out / "model.safetensors").read_bytes())
     assert hashes[0] == hashes[1]
+
+
+def test_what_stays_float_gets_the_dtype_of_the_output(recipe: Recipe, tmp_path: Path) -> None:
+    output = {"dir": str(tmp_path / "out"), "dtype": "bfloat16"}
+    assert main("--config", str(recipe(output=output)), "--quiet") == 0
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert stored["model.norm.weight"].dtype == torch.bfloat16
+    assert ptq.load(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tensor", ["codes", "scale"])
+def test_a_checkpoint_that_reads_back_differently_is_an_error(
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tensor: str,
+) -> None:
+    read = ptq.checkpoint.load
+
+    def altered(*arguments: Any, **options: Any) -> Any:
+        model = read(*arguments, **options)
+        layer = model.model.layers[1].mlp.up_proj
+        layer.get_buffer(tensor).view(torch.uint8).view(-1)[3] ^= 1
+        return model
+
+    monkeypatch.setattr("ptq.checkpoint.load", altered)
+    message = fails(capsys, "--config", str(recipe()))
+    assert f"model.layers.1.mlp.up_proj.{tensor}" in message
 
 
 def test_untied_head_round_trip(recipe: Recipe, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from tokenizers.processors import TemplateProcessing
 
 from ptq.calibrate import batches, calibration_tokens, evaluation_windows, load_documents
 from ptq.config import CalibrationConfig, EvaluationConfig
@@ -146,6 +147,18 @@ def test_chat_rows_go_through_the_template(tmp_path: Path) -> None:
     assert tokenizer.decode(windows.sequences[0]) == "w5 w6 <eos> w7 <eos>"
     with pytest.raises(CalibrationError, match="no chat template"):
         evaluation_windows(EvaluationConfig(data=[str(path)], context=5), tiny_tokenizer())
+
+
+def test_special_tokens_of_a_chat_are_those_of_the_template_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "w5 w6"}]}))
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 1)]
+    )
+    assert tokenizer("w5")["input_ids"] == [1, 7]
+    windows = evaluation_windows(EvaluationConfig(data=[str(path)], context=3), tokenizer)
+    assert tokenizer.decode(windows.sequences[0]) == "w5 w6 <eos>"
 
 
 def test_windows_do_not_overlap_and_the_tail_is_dropped(tmp_path: Path) -> None:
