@@ -11,7 +11,7 @@ from ptq.calibrate import LayerStatistics
 from ptq.config import Scheme
 from ptq.errors import CalibrationError, PTQError, UnsupportedError
 from ptq.model import read_layers, replace_module
-from ptq.modules import QuantLinear
+from ptq.modules import QuantLinear, share_inputs
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 
@@ -42,6 +42,7 @@ def quantize_layers(
         replace_module(model, name, _quantized(model, name, schemes[name], statistics))
         if name in tied:
             _untie(model)
+    share_inputs(model)
 
 
 def _quantized(

@@ -17,6 +17,7 @@ from ptq.checkpoint.shard import Stored, read_tensors
 from ptq.checkpoint.slots import check_fit, empty_layers, slots
 from ptq.errors import CheckpointError, UnsupportedError
 from ptq.model import fill_computed_buffers, replace_module, skeleton
+from ptq.modules import share_inputs
 
 
 def load(
@@ -57,6 +58,7 @@ def load(
     tensors = _read(root, manifest, headers, device, verify)
     for name, layer in layers.items():
         replace_module(model, name, layer)
+    share_inputs(model)
     _assign(model, tensors, manifest.aliases)
     fill_computed_buffers(model, device)
     if isinstance(model, PreTrainedModel) and GENERATION_CONFIG in manifest.files:

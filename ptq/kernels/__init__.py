@@ -2,7 +2,9 @@
 
 from ptq.kernels.activations import Activation, quantize_activation
 from ptq.kernels.cpu_int4 import Int4Pack
-from ptq.kernels.cpu_int8 import Int8Pack, IntMM
+from ptq.kernels.cpu_int8pack import Int8Pack
+from ptq.kernels.cpu_int_mm import IntMM
+from ptq.kernels.cpu_two_digit import TwoDigit
 from ptq.kernels.cuda import CudaInt4, CudaInt8Pack, CudaIntMM
 from ptq.kernels.dequantize import DequantizeBlocks
 from ptq.kernels.reference import Reference
@@ -23,6 +25,7 @@ __all__ = [
     "LinearSpec",
     "Reference",
     "RowRange",
+    "TwoDigit",
     "quantize_activation",
     "row_ranges",
     "select",

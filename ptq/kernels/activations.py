@@ -65,8 +65,9 @@ def quantize_activation(
     smallest = torch.finfo(torch.float32).smallest_normal
     if scheme.symmetric:
         # vector_norm(inf) and aminmax take ten times as long on a CPU.
-        scale = values.abs().amax(dim=-1, keepdim=True).div_(127).clamp_(min=smallest)
-        return Activation(_codes(values, scale, None).to(dtype), scale)
+        scratch = values.abs()
+        scale = scratch.amax(dim=-1, keepdim=True).div_(127).clamp_(min=smallest)
+        return Activation(torch.div(values, scale, out=scratch).round_().to(dtype), scale)
     low = values.amin(dim=-1, keepdim=True).clamp_(max=0)
     high = values.amax(dim=-1, keepdim=True).clamp_(min=0)
     scale = ((high - low) / 255).clamp_(min=smallest)

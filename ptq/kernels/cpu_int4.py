@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ptq.core import QuantizedWeight
 from ptq.kernels.activations import Activation, scaled
-from ptq.kernels.spec import FLOATS, LinearSpec
+from ptq.kernels.spec import FLOATS, LinearSpec, few_rows
 
 GROUPS = (256, 128, 64, 32)
 
@@ -72,9 +72,10 @@ class Int4Pack:
             return f"for {', '.join(str(dtype) for dtype in FLOATS)} activations"
         if spec.n % 16:
             return f"N={spec.n} is not a multiple of 16"
-        if spec.m > self.rows:
-            return f"more than {self.rows} rows: slower than dequantizing"
         return None
+
+    def declines(self, spec: LinearSpec) -> str | None:
+        return few_rows(spec, self.rows)
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Int4Prepared:
         group = op_group(LinearSpec.of(weight, None, "cpu", dtype, 1))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ptq.core import QuantizedWeight
 from ptq.kernels.activations import Activation, scaled
 from ptq.kernels.cpu_int4 import Int4Prepared, nibble_reason, op_group, scales_and_zeros
-from ptq.kernels.cpu_int8 import (
+from ptq.kernels.integer import (
     IntCodes,
     apply_scales,
     int_codes,
@@ -21,7 +21,7 @@ from ptq.kernels.cpu_int8 import (
     integer_reason,
     integer_tolerance,
 )
-from ptq.kernels.spec import LinearSpec
+from ptq.kernels.spec import LinearSpec, few_rows
 
 _MIN_ROWS = 17  # _int_mm on CUDA wants more than 16 rows
 
@@ -40,6 +40,9 @@ class CudaIntMM:
         if spec.k % 8 or spec.n % 8:
             return f"N={spec.n} and K={spec.k} must be multiples of 8"
         return integer_reason(spec)
+
+    def declines(self, spec: LinearSpec) -> str | None:
+        return None
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> IntCodes:
         return int_codes(weight)
@@ -79,9 +82,10 @@ class CudaInt4:
             return "the op takes bfloat16 activations"
         if spec.n % 8 or spec.k % (self.inner_k_tiles * 16):
             return f"N={spec.n} must be a multiple of 8, K={spec.k} of {self.inner_k_tiles * 16}"
-        if spec.m > self.rows:
-            return f"more than {self.rows} rows: slower than dequantizing"
         return None
+
+    def declines(self, spec: LinearSpec) -> str | None:
+        return few_rows(spec, self.rows)
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Int4Prepared:
         group = op_group(LinearSpec.of(weight, None, "cuda", dtype, 1))
@@ -126,9 +130,10 @@ class CudaInt8Pack:
             return "for float activations"
         if spec.dtype not in (torch.float32, torch.bfloat16):
             return "for float32 and bfloat16, which hold every scale"
-        if spec.m > self.rows:
-            return f"more than {self.rows} rows: slower than dequantizing"
         return None
+
+    def declines(self, spec: LinearSpec) -> str | None:
+        return few_rows(spec, self.rows)
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         scale = weight.scale.reshape(-1).expand(weight.shape[0])

@@ -29,6 +29,9 @@ class DequantizeBlocks:
     def supports(self, spec: LinearSpec) -> str | None:
         return None
 
+    def declines(self, spec: LinearSpec) -> str | None:
+        return None
+
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight:
         return weight
 

@@ -20,6 +20,9 @@ class Reference:
     def supports(self, spec: LinearSpec) -> str | None:
         return None
 
+    def declines(self, spec: LinearSpec) -> str | None:
+        return None
+
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight:
         return weight
 

@@ -1,10 +1,12 @@
-"""The choice of a kernel: the first of an ordered list that supports the spec."""
+"""The choice of a kernel: the first of an ordered list that takes the spec."""
 
 from dataclasses import dataclass
 
 from ptq.errors import UnsupportedError
 from ptq.kernels.cpu_int4 import Int4Pack
-from ptq.kernels.cpu_int8 import Int8Pack, IntMM
+from ptq.kernels.cpu_int8pack import Int8Pack
+from ptq.kernels.cpu_int_mm import IntMM
+from ptq.kernels.cpu_two_digit import TwoDigit
 from ptq.kernels.cuda import CudaInt4, CudaInt8Pack, CudaIntMM
 from ptq.kernels.dequantize import DequantizeBlocks
 from ptq.kernels.reference import Reference
@@ -12,6 +14,7 @@ from ptq.kernels.spec import Kernel, LinearSpec
 
 KERNELS: tuple[Kernel, ...] = (
     IntMM(),
+    TwoDigit(),
     Int8Pack(),
     Int4Pack(),
     CudaIntMM(),
@@ -25,15 +28,20 @@ KERNELS: tuple[Kernel, ...] = (
 _PROBED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 4096)
 
 
+def refusal(kernel: Kernel, spec: LinearSpec) -> str | None:
+    """Why the kernel cannot serve the spec, or declines it; None if it takes it."""
+    return kernel.supports(spec) or kernel.declines(spec)
+
+
 def select(spec: LinearSpec, kernels: tuple[Kernel, ...] = KERNELS) -> Kernel:
-    """The first kernel that supports the spec.
+    """The first kernel that supports the spec and does not decline it.
 
     Raises:
         UnsupportedError: none does; the message has every kernel's reason.
     """
     reasons = []
     for kernel in kernels:
-        reason = kernel.supports(spec)
+        reason = refusal(kernel, spec)
         if reason is None:
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
@@ -92,7 +100,7 @@ def _first_row(
 def _refusals(spec: LinearSpec, kernels: tuple[Kernel, ...]) -> tuple[tuple[str, str], ...]:
     refusals = []
     for kernel in kernels:
-        reason = kernel.supports(spec)
+        reason = refusal(kernel, spec)
         if reason is None:
             break
         refusals.append((kernel.name, reason))

@@ -69,6 +69,11 @@ class LinearSpec:
         )
 
 
+def few_rows(spec: LinearSpec, limit: int) -> str | None:
+    """The rule of thumb of kernels that are good for a few rows."""
+    return f"more than {limit} rows: slower than dequantizing" if spec.m > limit else None
+
+
 class Kernel(Protocol):
     """A way to compute a quantized linear layer.
 
@@ -85,7 +90,12 @@ class Kernel(Protocol):
         ...
 
     def supports(self, spec: LinearSpec) -> str | None:
-        """None if the kernel can serve the spec, else why it cannot or should not."""
+        """None if the kernel can serve the spec, else why it cannot."""
+        ...
+
+    def declines(self, spec: LinearSpec) -> str | None:
+        """None, or why a kernel after this one in the list is expected to be faster: a rule of
+        thumb, which measuring (:func:`ptq.tune`) replaces."""
         ...
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Any:

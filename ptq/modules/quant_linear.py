@@ -1,6 +1,7 @@
 """QuantLinear: a linear layer whose buffers are the canonical quantized weight."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from ptq.config import Scheme
 from ptq.core import QuantizedWeight, packed_width
-from ptq.kernels import Kernel, LinearSpec, quantize_activation, select
+from ptq.kernels import Activation, Kernel, LinearSpec, quantize_activation, select
+from ptq.modules.shared_input import SharedInput
 
 BUFFERS = ("codes", "scale", "zero_point", "input_scale", "input_zero_point")
 
@@ -46,6 +48,7 @@ class QuantLinear(nn.Module):
         for name, value in zip(BUFFERS, values, strict=True):
             self.register_buffer(name, value)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.shared_input = SharedInput()
         self._prepared: dict[tuple[str, torch.dtype], Any] = {}
         self._choice: dict[tuple[str, torch.dtype, int], Kernel] = {}
 
@@ -115,17 +118,21 @@ class QuantLinear(nn.Module):
         """[..., in_features] to [..., out_features], in the dtype of x."""
         rows = x.detach().reshape(-1, self.in_features)
         kernel, prepared = self._bind(rows)
-        activation = quantize_activation(
-            rows,
-            self.scheme.activations,
-            self.input_scale,
-            self.input_zero_point,
-            torch.int8 if kernel.integer else _float_codes(x.dtype),
-        )
-        y = kernel.linear(activation, prepared, x.dtype)
+        codes = torch.int8 if kernel.integer else _float_codes(x.dtype)
+        y = kernel.linear(self._activation(x, rows, codes), prepared, x.dtype)
         if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
+            y = y.add_(self.bias)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _activation(self, x: Tensor, rows: Tensor, codes: torch.dtype) -> Activation:
+        """x as the kernel wants it: float, or codes of a dtype, which siblings may have made."""
+        scheme = self.scheme.activations
+        if scheme is None:
+            return Activation(rows)
+        make = partial(
+            quantize_activation, rows, scheme, self.input_scale, self.input_zero_point, codes
+        )
+        return self.shared_input.get(x, codes, make)
 
     def _bind(self, rows: Tensor) -> tuple[Kernel, Any]:
         """The kernel for this many rows and its prepared weight, both remembered."""

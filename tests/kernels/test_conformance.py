@@ -1,7 +1,11 @@
 """Every kernel equals the reference on every spec that it claims to support."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from ptq.algorithms import round_to_nearest, with_static_input
 from ptq.config import ActivationScheme, Scheme
@@ -20,6 +24,8 @@ from ptq.kernels import (
     row_ranges,
     select,
 )
+from ptq.kernels.cpu_int_mm import int_product
+from ptq.kernels.cpu_two_digit import two_digits
 from tests.kernels.cuda_stand_in import CudaOps
 
 CPU_KERNELS = [k for k in KERNELS if not k.name.startswith("cuda")]
@@ -176,6 +182,51 @@ def test_the_choice_depends_on_the_rows() -> None:
     assert select(spec.with_rows(boundary - 1)).name == "int4pack"
     assert select(spec.with_rows(boundary)).name == "dequantize"
     assert any(name == "int4pack" and "slower" in why for name, why in ranges[1].refused)
+
+
+def test_int8_activations_take_the_weight_only_kernel_for_two_to_six_rows() -> None:
+    scheme = Scheme.model_validate({"activations": {"mode": "dynamic"}})
+    weight = make_weight(64, 128, scheme)
+    assert weight is not None
+    spec = LinearSpec.of(weight, scheme.activations, "cpu", torch.bfloat16, 1)
+    assert [(r.first, r.last, r.kernel) for r in row_ranges(spec)] == [
+        (1, 1, "int_mm"), (2, 6, "int8pack"), (7, None, "int_mm"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("m", [1, 7, 130, 300])
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (4096, 2048)])
+def test_int_product_is_exact_whichever_factor_comes_first(m: int, n: int, k: int) -> None:
+    x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+    w = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    product = int_product(x, w)
+    # Sums of at most 2048 * 2^14 = 2^25 are exact in float64.
+    assert torch.equal(product.double(), x.double() @ w.double().t())
+
+
+@given(
+    arrays(
+        np.float32,
+        (3, 16),
+        elements=st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False),
+    ),
+)
+def test_two_digits_hold_x_to_half_a_step(values: np.ndarray) -> None:
+    x = torch.from_numpy(values)
+    digits, scale = two_digits(x)
+    high, low = digits[:3].double(), digits[3:].double()
+    error = ((256 * high + low) * scale - x).abs()
+    # float32 divides and rounds: codes up to 2^15 with 24 bits leave 2^-9 of a step.
+    assert (error <= scale.double() * (0.5 + 2.0**-8)).all()
+    assert (scale.double() >= x.abs().amax(-1, keepdim=True).double() / 32512 * (1 - 1e-6)).all()
+
+
+def test_two_digits_at_the_ties_between_digits() -> None:
+    """Half of 256 rounds into the high digit: 128 does not fit the low one."""
+    codes = torch.arange(-32512, 32513, dtype=torch.float32)
+    digits, scale = two_digits(codes[None])
+    assert scale.item() == 1
+    assert torch.equal(256 * digits[0].float() + digits[1].float(), codes)
 
 
 def test_no_kernel_lists_every_reason() -> None:

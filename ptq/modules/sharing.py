@@ -1,0 +1,27 @@
+"""Which layers of a model share their input."""
+
+from collections import defaultdict
+from typing import Any
+
+from torch import nn
+
+from ptq.modules.quant_linear import QuantLinear
+from ptq.modules.shared_input import SharedInput
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let quantized layers of one parent module that quantize alike quantize their input once.
+
+    Dynamic activations only: static ones have a scale of their own for each layer.
+    """
+    for parent in model.modules():
+        alike: dict[Any, list[QuantLinear]] = defaultdict(list)
+        for child in parent.children():
+            if isinstance(child, QuantLinear):
+                activations = child.scheme.activations
+                if activations is not None and activations.mode == "dynamic":
+                    alike[child.in_features, activations].append(child)
+        for layers in alike.values():
+            shared = SharedInput()
+            for layer in layers:
+                layer.shared_input = shared
