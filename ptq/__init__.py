@@ -8,6 +8,7 @@ The story, in the order in which it is told::
     ptq.plan(model, "w4a16-g64")              # what would happen to every layer, and what it saves
     result = ptq.quantize(model, "w4a16-g64") # in place: nn.Linear becomes ptq.QuantLinear
     ptq.explain(model)                        # which kernel serves which layer, and why
+    ptq.compile(model)                        # model.generate decodes through one compiled graph
     ptq.evaluate(model, "text.txt", tokenizer=tokenizer)  # perplexity
     ptq.save(model, "out", tokenizer=tokenizer)  # safetensors and a manifest with hashes
     model = ptq.load("out")                   # every tensor checked
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptq.checkpoint import load, save
+    from ptq.compilation import compile_model as compile
     from ptq.config import QuantizationConfig, Scheme, load_config
     from ptq.errors import (
         CalibrationError,
@@ -50,6 +52,7 @@ _HOME = {
     "QuantizationConfig": "ptq.config",
     "Scheme": "ptq.config",
     "UnsupportedError": "ptq.errors",
+    "compile": "ptq.compilation",
     "dequantize": "ptq.swap",
     "evaluate": "ptq.evaluation",
     "explain": "ptq.report",
@@ -72,6 +75,7 @@ __all__ = [
     "QuantizationConfig",
     "Scheme",
     "UnsupportedError",
+    "compile",
     "dequantize",
     "evaluate",
     "explain",
@@ -88,7 +92,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'ptq' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    # ``compile`` is also a builtin: the function has a name of its own where it is defined.
+    own = {"compile": "compile_model"}.get(name, name)
+    return getattr(importlib.import_module(_HOME[name]), own)
 
 
 def __dir__() -> list[str]:

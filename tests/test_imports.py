@@ -17,7 +17,7 @@ RANKS = {
     "modules": 4,
     "calibrate": 5, "transforms": 5, "algorithms": 5,
     "swap": 6, "planning": 6,
-    "checkpoint": 7, "evaluation": 7,
+    "checkpoint": 7, "evaluation": 7, "compilation": 7,
     "report": 8,
     "pipeline": 9,
     "command": 10,

@@ -45,10 +45,10 @@ def int_product(x: Tensor, w: Tensor) -> Tensor:
     """The exact product [M, N] (int32) of x [M, K] and w [N, K] (int8); strides may be any.
 
     oneDNN reorders the second factor at every call. Where that costs more than writing the result
-    the other way round, the weight comes first.
+    the other way round, the weight comes first. Not for a single row: torch 2.13 returns garbage
+    for a second factor [K, 1] with strides such as (1, 2), which torch.compile makes.
     """
-    m = x.shape[0]
-    if m == 1 or (w.numel() >= _LARGE and m <= _MANY_ROWS):
+    if 1 < x.shape[0] <= _MANY_ROWS and w.numel() >= _LARGE:
         return torch._int_mm(w, x.t()).t()
     return torch._int_mm(x, w.t())
 

@@ -1,0 +1,96 @@
+"""Compiled models compute what the eager ones do."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import ptq
+from ptq.errors import ConfigError, UnsupportedError
+from tests.helpers import tiny_bert, tiny_llama, tiny_tokens
+
+# torch's own, from the modules that the compiler imports.
+pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16-g32", "w4a8-g32-asym"])
+@pytest.mark.parametrize("rows", [1, 4, 12, 100])
+def test_compiled_layers_equal_eager_ones(scheme: str, rows: int) -> None:
+    """With the real compiler: it may hand an op strides that eager code never has."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(576, 64))
+    ptq.quantize(model, scheme)
+    x = torch.randn(rows, 576)
+    with torch.no_grad():
+        expected = model(x)
+        found = torch.compile(model)(x)
+    # Products may be fused and scales multiplied in another order: some float32 roundings.
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_large_layer_with_the_weight_first() -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(2048, 4096))
+    ptq.quantize(model, "w8a8")
+    x = torch.randn(12, 2048)
+    with torch.no_grad():
+        expected = model(x)
+        assert (torch.compile(model)(x) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_generation_is_compiled_once_and_gives_the_same_logits(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    eager = tiny_llama()
+    ptq.quantize(eager, "w8a8")
+    model = copy.deepcopy(eager)
+    assert ptq.compile(model, max_length=48) is model
+    counted = torch._dynamo.utils.counters["stats"]
+    before = counted["unique_graphs"]
+    assert before > 0
+    for length in (3, 9):
+        prompt = tiny_tokens(1, length)
+        options = {
+            "attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False,
+            "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0,
+        }  # fmt: skip
+        expected = eager.generate(prompt, **options)
+        found = model.generate(prompt, **options)
+        assert torch.equal(found.sequences, expected.sequences)
+        for a, b in zip(found.logits, expected.logits, strict=True):
+            assert (a - b).norm() <= b.norm() / 127
+    assert counted["unique_graphs"] == before
+    ptq.save(model, tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert "cache_implementation" not in saved
+
+
+def test_an_encoder_is_compiled_for_any_length() -> None:
+    torch._dynamo.reset()
+    model = tiny_bert()
+    ptq.quantize(model, "w8a8")
+    tokens = [tiny_tokens(2, n) for n in (7, 19)]
+    with torch.no_grad():
+        expected = [model(t).last_hidden_state for t in tokens]
+        ptq.compile(model)
+        for t, e in zip(tokens, expected, strict=True):
+            # A sum rounded otherwise may move an activation by one step.
+            assert (model(t).last_hidden_state - e).norm() <= e.norm() / 127
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"max_length": 2}, "max_length 2: choose 4 to"), ({"batch_size": 0}, "batch_size 0")],
+)
+def test_options_out_of_range(options: dict[str, int], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        ptq.compile(tiny_llama(), **options)
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UnsupportedError, match="C\\+\\+ compiler"):
+        ptq.compile(tiny_llama())
