@@ -8,6 +8,7 @@ The story, in the order in which it is told::
     ptq.plan(model, "w4a16-g64")              # what would happen to every layer, and what it saves
     result = ptq.quantize(model, "w4a16-g64") # in place: nn.Linear becomes ptq.QuantLinear
     ptq.explain(model)                        # which kernel serves which layer, and why
+    ptq.tune(model)                           # measure the kernels here, use the fastest
     ptq.compile(model)                        # model.generate decodes through one compiled graph
     ptq.evaluate(model, "text.txt", tokenizer=tokenizer)  # perplexity
     ptq.save(model, "out", tokenizer=tokenizer)  # safetensors and a manifest with hashes
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from ptq.planning import plan
     from ptq.report import explain
     from ptq.swap import dequantize
+    from ptq.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -63,6 +65,7 @@ _HOME = {
     "quantize": "ptq.pipeline",
     "run": "ptq.pipeline",
     "save": "ptq.checkpoint",
+    "tune": "ptq.tuning",
 }
 
 __all__ = [
@@ -86,6 +89,7 @@ __all__ = [
     "quantize",
     "run",
     "save",
+    "tune",
 ]
 
 

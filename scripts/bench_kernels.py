@@ -103,7 +103,7 @@ def measure(n: int, k: int, m: int, options: argparse.Namespace) -> list[dict[st
     for name in options.schemes:
         layer = pools[name][0][0]
         assert isinstance(layer, QuantLinear)
-        kernel = layer._bind(x.to(dtype))[0].name
+        kernel = layer.kernel(x.to(dtype)).name
         shape = {"n": n, "k": k, "m": m, "scheme": name, "kernel": kernel}
         rows.append({**shape, **compared(times, name, ("bfloat16", "float32"))})
     return rows

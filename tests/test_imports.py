@@ -19,8 +19,9 @@ RANKS = {
     "swap": 6, "planning": 6,
     "checkpoint": 7, "evaluation": 7, "compilation": 7,
     "report": 8,
-    "pipeline": 9,
-    "command": 10,
+    "tuning_cache": 9,
+    "pipeline": 10, "tuning": 10,
+    "command": 11,
 }  # fmt: skip
 HEAVY = ("datasets", "matplotlib", "transformers", "pandas")
 

@@ -4,10 +4,12 @@ from ptq.kernels.activations import Activation, quantize_activation
 from ptq.kernels.cpu_int4 import Int4Pack
 from ptq.kernels.cpu_int8pack import Int8Pack
 from ptq.kernels.cpu_int_mm import IntMM
+from ptq.kernels.cpu_onednn import OneDnn
 from ptq.kernels.cpu_two_digit import TwoDigit
 from ptq.kernels.cuda import CudaInt4, CudaInt8Pack, CudaIntMM
 from ptq.kernels.dequantize import DequantizeBlocks
 from ptq.kernels.reference import Reference
+from ptq.kernels.resident import Resident
 from ptq.kernels.select import KERNELS, RowRange, row_ranges, select
 from ptq.kernels.spec import Kernel, LinearSpec
 
@@ -23,7 +25,9 @@ __all__ = [
     "IntMM",
     "Kernel",
     "LinearSpec",
+    "OneDnn",
     "Reference",
+    "Resident",
     "RowRange",
     "TwoDigit",
     "quantize_activation",

@@ -6,13 +6,16 @@ from ptq.errors import UnsupportedError
 from ptq.kernels.cpu_int4 import Int4Pack
 from ptq.kernels.cpu_int8pack import Int8Pack
 from ptq.kernels.cpu_int_mm import IntMM
+from ptq.kernels.cpu_onednn import OneDnn
 from ptq.kernels.cpu_two_digit import TwoDigit
 from ptq.kernels.cuda import CudaInt4, CudaInt8Pack, CudaIntMM
 from ptq.kernels.dequantize import DequantizeBlocks
 from ptq.kernels.reference import Reference
+from ptq.kernels.resident import Resident
 from ptq.kernels.spec import Kernel, LinearSpec
 
 KERNELS: tuple[Kernel, ...] = (
+    OneDnn(),
     IntMM(),
     TwoDigit(),
     Int8Pack(),
@@ -20,6 +23,7 @@ KERNELS: tuple[Kernel, ...] = (
     CudaIntMM(),
     CudaInt8Pack(),
     CudaInt4(),
+    Resident(),
     DequantizeBlocks(),
     Reference(),
 )

@@ -74,6 +74,11 @@ def few_rows(spec: LinearSpec, limit: int) -> str | None:
     return f"more than {limit} rows: slower than dequantizing" if spec.m > limit else None
 
 
+def second_form(extra: int) -> str:
+    """Why a kernel that keeps a whole weight of its own is not chosen by rule of thumb."""
+    return f"keeps a second weight of {extra / 1e6:.1f} MB: ptq.tune may allow it"
+
+
 class Kernel(Protocol):
     """A way to compute a quantized linear layer.
 

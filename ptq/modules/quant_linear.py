@@ -51,6 +51,7 @@ class QuantLinear(nn.Module):
         self.shared_input = SharedInput()
         self._prepared: dict[tuple[str, torch.dtype], Any] = {}
         self._choice: dict[tuple[str, torch.dtype, int], Kernel] = {}
+        self.tuned: dict[tuple[str, torch.dtype], tuple[tuple[int, Kernel], ...]] = {}
 
     @classmethod
     def on_meta(
@@ -116,8 +117,13 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the dtype of x."""
+        return self.run(x, None)
+
+    def run(self, x: Tensor, kernel: Kernel | None) -> Tensor:
+        """The forward pass by a given kernel (None: the chosen one)."""
         rows = x.detach().reshape(-1, self.in_features)
-        kernel, prepared = self._bind(rows)
+        kernel = kernel or self.kernel(rows)
+        prepared = self.prepared(kernel, rows.dtype)
         codes = torch.int8 if kernel.integer else _float_codes(x.dtype)
         y = kernel.linear(self._activation(x, rows, codes), prepared, x.dtype)
         if self.bias is not None:
@@ -134,19 +140,34 @@ class QuantLinear(nn.Module):
         )
         return self.shared_input.get(x, codes, make)
 
-    def _bind(self, rows: Tensor) -> tuple[Kernel, Any]:
-        """The kernel for this many rows and its prepared weight, both remembered."""
+    def kernel(self, rows: Tensor) -> Kernel:
+        """The kernel for this many rows: the measured choice, or the rule of thumb."""
         key = (rows.device.type, rows.dtype, rows.shape[0])
         if torch.compiler.is_compiling():  # a look-up by the number would fix the number
-            kernel = select(self.spec(*key))
-        else:
-            kernel = self._choice.get(key) or select(self.spec(*key))
-            self._choice[key] = kernel
-        prepared = self._prepared.get((kernel.name, rows.dtype))
+            return select(self.spec(*key))
+        kernel = self._choice.get(key)
+        if kernel is None:
+            tuned = self.tuned.get(key[:2], ())
+            kernel = next((k for first, k in reversed(tuned) if first <= key[2]), None)
+            kernel = self._choice[key] = kernel or select(self.spec(*key))
+        return kernel
+
+    def prepared(self, kernel: Kernel, dtype: torch.dtype) -> Any:
+        """The kernel's own form of the weight, made once."""
+        prepared = self._prepared.get((kernel.name, dtype))
         if prepared is None:
-            prepared = kernel.prepare(self.quantized_weight, rows.dtype)
-            self._prepared[kernel.name, rows.dtype] = prepared
-        return kernel, prepared
+            prepared = kernel.prepare(self.quantized_weight, dtype)
+            self._prepared[kernel.name, dtype] = prepared
+        return prepared
+
+    def tune(self, device: str, dtype: torch.dtype, choice: tuple[tuple[int, Kernel], ...]) -> None:
+        """Use measured kernels from now on.
+
+        Args:
+            choice: (first row, kernel) in ascending order, from 1; empty for the rule of thumb.
+        """
+        self.tuned[device, dtype] = choice
+        self.release()
 
     def release(self) -> None:
         """Forget the kernels' own forms of the weight; they are made again when needed."""

@@ -3,5 +3,15 @@
 from ptq.report.console import Console
 from ptq.report.explain import Explanation, explain
 from ptq.report.report import Report, environment
+from ptq.report.tuning import Times, TunedLayers, Tuning
 
-__all__ = ["Console", "Explanation", "Report", "environment", "explain"]
+__all__ = [
+    "Console",
+    "Explanation",
+    "Report",
+    "Times",
+    "TunedLayers",
+    "Tuning",
+    "environment",
+    "explain",
+]

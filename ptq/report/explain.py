@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ptq.errors import UnsupportedError
-from ptq.kernels import KERNELS, RowRange, row_ranges, select
+from ptq.kernels import KERNELS, Kernel, RowRange, row_ranges
 from ptq.modules import QuantLinear
 
 
@@ -89,6 +89,16 @@ def _telling(rows: RowRange, device: str) -> list[tuple[str, str]]:
     ]
 
 
+def _measured(tuned: tuple[tuple[int, Kernel], ...]) -> list[RowRange]:
+    """The ranges that ptq.tune found."""
+    ends = [first - 1 for first, _ in tuned[1:]]
+    reason = (("the others", "slower here, or too large: measured by ptq.tune"),)
+    return [
+        RowRange(first, last, kernel.name, reason)
+        for (first, kernel), last in zip(tuned, [*ends, None], strict=True)
+    ]
+
+
 def explain(
     model: nn.Module, *, device: str | None = None, dtype: torch.dtype | None = None
 ) -> Explanation:
@@ -108,12 +118,13 @@ def explain(
     dtype = dtype or (torch.float32 if first is None else first.dtype)
     alike: dict[Any, list[str]] = defaultdict(list)
     for name, layer in layers.items():
-        alike[layer.spec(device, dtype, 1), str(layer.scheme)].append(name)
+        tuned = layer.tuned.get((device, dtype), ())
+        alike[layer.spec(device, dtype, 1), str(layer.scheme), tuned].append(name)
     groups = []
-    for (spec, scheme), names in alike.items():
-        ranges = row_ranges(spec)
-        kernels = {r.kernel: select(spec.with_rows(r.first), KERNELS) for r in ranges}
-        extra = sum(k.extra_bytes(spec) for k in kernels.values())
+    for (spec, scheme, tuned), names in alike.items():
+        ranges = _measured(tuned) if tuned else row_ranges(spec)
+        used = {r.kernel for r in ranges}
+        extra = sum(k.extra_bytes(spec) for k in KERNELS if k.name in used)
         groups.append(
             LayerKernels(tuple(names), (spec.n, spec.k), scheme, tuple(ranges), extra * len(names))
         )
