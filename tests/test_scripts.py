@@ -108,6 +108,37 @@ def test_bench_model(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "prefill 8" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*")  # of the compiler's imports
+def test_the_performance_page(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every benchmark's figures are on the page, beside the command that makes them."""
+    files = {name: tmp_path / f"{name}.json" for name in ("kernels", "model", "compile")}
+    runs = {
+        "kernels": ["--shapes", "32x64", "--schemes", "w8a8", "--rows", "1", "9",
+                    "--cache-mb", "1", "--seconds", "0.01"],
+        "model": ["--model", str(tiny_model), "--schemes", "w8a8", "--prefill", "4",
+                  "--decode-after", "5", "--seconds", "0.01"],
+        "compile": ["--model", str(tiny_model), "--schemes", "w8a8", "--head", "w8a16",
+                    "--prompt", "4", "--tokens", "3", "--seconds", "0.01"],
+    }  # fmt: skip
+    for name, options in runs.items():
+        assert script(f"bench_{name}").main([*options, "--json", str(files[name])]) == 0
+    output = tmp_path / "docs" / "performance.md"
+    options = [f"--{name}={path}" for name, path in files.items()]
+    assert script("make_performance_page").main([*options, f"--output={output}"]) == 0
+    page = output.read_text()
+    for name, path in files.items():
+        assert f"python scripts/bench_{name}.py" in page
+        for row in json.loads(path.read_text())["rows"]:
+            assert f"{row['speed_over_bfloat16']:.2f}" in page
+    assert "w8a8 compiled" in page
+    files["model"].write_text("{")
+    assert script("make_performance_page").main([*options, f"--output={output}"]) == 2
+    assert "model.json" in capsys.readouterr().err
+    assert output.read_text() == page
+
+
 def test_tokenizer_of_a_checkpoint_is_the_models(checkpoint: Path) -> None:
     from ptq.config import ModelConfig
     from ptq.model import ModelSource

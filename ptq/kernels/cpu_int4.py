@@ -60,7 +60,7 @@ class Int4Pack:
 
     name: str = "int4pack"
     integer: bool = False
-    rows: int = 48
+    rows: int = 72
 
     def supports(self, spec: LinearSpec) -> str | None:
         if spec.device != "cpu":
