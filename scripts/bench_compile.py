@@ -40,7 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--prompt", type=positive, default=128, metavar="T")
     parser.add_argument("--tokens", type=positive, default=33, metavar="T")
-    parser.add_argument("--seconds", type=float, default=60, help="for the whole table")
+    parser.add_argument("--seconds", type=float, default=40, help="for the whole table")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here")
     return parser.parse_args(arguments)
 
