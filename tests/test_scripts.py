@@ -4,10 +4,14 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import ptq
+from ptq.kernels import Int4Pack
 from ptq.model import load_tokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -106,6 +110,32 @@ def test_bench_model(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert [row["task"] for row in rows] == ["prefill 4", "prefill 8", "decode"]
     assert all(row["speed_over_float32"] > 0 for row in rows)
     assert "prefill 8" in capsys.readouterr().out
+
+
+def test_check_cuda_tells_right_from_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures.json"
+    options = ["--device", "cpu", "--shapes", "64x128", "--rows", "1", "9", "--seconds", "0.01"]
+    assert script("check_cuda").main([*options, "--json", str(figures)]) == 0
+    rows = json.loads(figures.read_text())["rows"]
+    assert {r["kernel"] for r in rows} >= {"int_mm", "int8pack", "int4pack", "dequantize"}
+    for case in {(r["scheme"], r["m"]) for r in rows}:
+        assert sum(r["chosen"] for r in rows if (r["scheme"], r["m"]) == case) == 1
+    right = Int4Pack.linear
+
+    def wrong(self: Int4Pack, *rest: Any) -> Tensor:
+        return right(self, *rest) * 1.5
+
+    monkeypatch.setattr(Int4Pack, "linear", wrong)
+    assert script("check_cuda").main(options) == 2
+    assert "beyond the kernel's tolerance, the first of int4pack" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_check_cuda_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("check_cuda").main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*")  # of the compiler's imports

@@ -1,0 +1,132 @@
+#!/usr/bin/env python
+"""Check every kernel on a machine with a GPU, and print a table for the README.
+
+Each kernel that supports a layer is compared with the reference kernel (dequantize, multiply in
+float32) and timed against the float layer; ``*`` marks the kernel that the rule of thumb chooses.
+Weights are hot. With ``--device cpu`` the same for this machine's processor.
+"""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import torch
+from racing import race, timed
+from torch import Tensor, nn
+
+from ptq.algorithms import round_to_nearest
+from ptq.command import EXIT_CODES, output_file, positive, run_command
+from ptq.config import preset
+from ptq.errors import UnsupportedError
+from ptq.kernels import KERNELS, Kernel, LinearSpec, Reference
+from ptq.model import resolve_device
+from ptq.modules import QuantLinear
+from ptq.report import Console, environment
+
+SCHEMES = ("w8a16", "w8a8", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64")
+SHAPES = ("576x576", "2048x2048", "4096x4096")
+ROWS = (1, 16, 17, 64, 512)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK")
+    parser.add_argument("--rows", nargs="+", type=positive, default=ROWS, metavar="M")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=0.2, help="for one kernel")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here")
+    return parser.parse_args(arguments)
+
+
+def within_tolerance(kernel: Kernel, layer: QuantLinear, x: Tensor, spec: LinearSpec) -> bool:
+    """Whether every output is as near to the reference kernel's as the kernel says."""
+    exact = layer.run(x.float(), Reference())
+    weight = layer.quantized_weight.dequantize()
+    magnitude = x.float().abs() @ weight.abs().t()
+    eps = torch.finfo(spec.dtype).eps + spec.k * torch.finfo(torch.float32).eps
+    allowed = (kernel.tolerance(spec) + eps) * magnitude
+    if spec.activations is not None:  # a code may fall on the other side of a tie
+        step = x.float().abs().amax(-1, keepdim=True) / 127
+        allowed = allowed + step * weight.abs().amax(1)
+    return bool(((layer.run(x, kernel).float() - exact).abs() <= allowed).all())
+
+
+def seconds(run: Any, device: torch.device) -> float:
+    def waited() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return timed(waited)
+
+
+def check(layer: QuantLinear, m: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All kernels on one layer and number of rows."""
+    device = layer.codes.device
+    dtype = getattr(torch, options.dtype)
+    x = torch.randn(m, layer.in_features, device=device).to(dtype)
+    weight = layer.quantized_weight.dequantize(dtype)
+    spec = layer.spec(device.type, dtype, m)
+    rows = []
+    for kernel in KERNELS:
+        if isinstance(kernel, Reference) or kernel.supports(spec) is not None:
+            continue
+        right = within_tolerance(kernel, layer, x, spec)
+        times = race(
+            {
+                "float": lambda: seconds(lambda: nn.functional.linear(x, weight), device),
+                "kernel": lambda kernel=kernel: seconds(lambda: layer.run(x, kernel), device),
+            },
+            options.seconds,
+        )
+        speed = sorted(f / k for f, k in zip(times["float"], times["kernel"], strict=True))
+        rows.append(
+            {
+                "scheme": str(layer.scheme), "n": spec.n, "k": spec.k, "m": m,
+                "kernel": kernel.name, "chosen": kernel == layer.kernel(x),
+                "right": right, "speed_over_float": speed[len(speed) // 2],
+            }
+        )  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def bench(options: argparse.Namespace) -> None:
+    device = resolve_device(options.device)
+    found: list[dict[str, Any]] = []
+    print(f"{'layer':10} {'scheme':16} {'M':>5}  {'kernel':14} right  over {options.dtype}")
+    for text in options.shapes:
+        n, k = map(int, text.split("x"))
+        for name in options.schemes:
+            scheme = preset(name)
+            weight = round_to_nearest(torch.randn(n, k) / k**0.5, scheme.weights)
+            layer = QuantLinear(weight, scheme).to(device)
+            for m in options.rows:
+                for row in check(layer, m, options):
+                    found.append(row)
+                    mark = "*" if row["chosen"] else " "
+                    print(f"{text:10} {name:16} {m:5} {mark}{row['kernel']:14} "
+                          f"{'yes' if row['right'] else 'NO':5} {row['speed_over_float']:6.2f}x",
+                          flush=True)  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps({"environment": environment(), "rows": found}, indent=1))
+    wrong = [row for row in found if not row["right"]]
+    if wrong:
+        raise UnsupportedError(
+            f"{len(wrong)} of {len(found)} results are beyond the kernel's tolerance, the first of "
+            f"{wrong[0]['kernel']}: please report the table"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    return run_command(lambda: bench(options), Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
