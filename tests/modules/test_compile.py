@@ -18,7 +18,7 @@ def test_few_graphs_serve_every_number_of_rows(scheme: str) -> None:
     graphs = CompileCounter()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     with torch.no_grad():
-        for rows in (1, 2, 3, 5, 7, 12, 17, 20, 33, 40, 49, 50, 64, 100):
+        for rows in (1, 2, 3, 5, 7, 12, 17, 20, 33, 40, 49, 64, 73, 100):
             x = torch.randn(rows, 64)
             assert torch.equal(compiled(x), model(x))
     assert graphs.frame_count <= 4
