@@ -1,19 +1,21 @@
 """torch.compile for whole models: decoding in one graph, over a cache of fixed size."""
 
-import functools
+import copy
 import os
 import shutil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from ptq.errors import ConfigError, UnsupportedError
+from ptq.kernels import row_ranges, select
 from ptq.model import eval_mode, max_positions
 from ptq.modules import QuantLinear
 
 _DEFAULT_LENGTH = 1024
+_OTHER_CACHES = ("past_key_values", "assistant_model", "prompt_lookup_num_tokens")
 _WARM_TOKENS = 3  # the first comes from the prompt, the second compiles, the third must not
 
 
@@ -28,9 +30,11 @@ def compile_model(
     seconds when the compiler's cache on the disk has it. Other numbers of sequences than
     ``batch_size``, and more tokens than ``max_length``, compile again when they first come.
 
-    Any other model: its ``forward`` is compiled at the first call, for any number of tokens.
+    Any other model: its ``forward`` is compiled when it is first called, for any number of tokens:
+    one graph for each range of rows that has a kernel of its own, and one for the first shape.
 
-    Neither changes what is saved.
+    Neither changes what is saved. Call :func:`ptq.tune` before, if at all: compiled code keeps the
+    rule of thumb. A deep copy of the model compiles again.
 
     Args:
         max_length: tokens of prompt and continuation together that the cache holds (default:
@@ -49,16 +53,53 @@ def compile_model(
     if isinstance(model, PreTrainedModel) and model.can_generate():
         _compile_generation(model, max_length, batch_size)
     else:
+        _bind(model, None)
         model.compile(dynamic=True)
     return model
+
+
+class CompiledGenerate:
+    """A model's ``generate`` that decodes compiled code over a cache of fixed size.
+
+    With another cache, or a way of decoding that transformers offers without such a cache only
+    (an assistant, prompt look-up), the model generates as before.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.compiled_here = True
+        self.settings = CompileConfig(mode="default")
+        # Else transformers compiles on accelerators only.
+        self.settings._compile_all_devices = True  # type: ignore[assignment]
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if not self.compiled_here:  # a copy holds the compiled code of the original's weights
+            self.model.__dict__.pop("_compiled_call", None)
+            self.compiled_here = True
+        generate = type(self.model).generate
+        given = any(options.get(name) is not None for name in _OTHER_CACHES)
+        if given or options.get("use_cache") is False:
+            return generate(self.model, *arguments, **options)
+        fixed = {"cache_implementation": "static", "compile_config": self.settings}
+        config = options.get("generation_config")
+        if config is None:
+            return generate(self.model, *arguments, **{**fixed, **options})
+        config = copy.deepcopy(config)
+        for name, value in fixed.items():
+            setattr(config, name, value)
+        return generate(self.model, *arguments, **{**options, "generation_config": config})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies."""
+        return {**self.__dict__, "compiled_here": False}
 
 
 def _compile_generation(model: Any, max_length: int | None, batch_size: int) -> None:
     limit = max_positions(model.config) or max_length or _DEFAULT_LENGTH
     max_length = min(limit, _DEFAULT_LENGTH) if max_length is None else max_length
-    if not _WARM_TOKENS < max_length <= limit:
+    if not isinstance(max_length, int) or not _WARM_TOKENS < max_length <= limit:
         raise ConfigError(f"max_length {max_length}: choose {_WARM_TOKENS + 1} to {limit}")
-    if batch_size < 1:
+    if not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size {batch_size}: at least 1")
     if not model._can_compile_fullgraph:
         raise UnsupportedError(
@@ -66,14 +107,12 @@ def _compile_generation(model: Any, max_length: int | None, batch_size: int) -> 
             "call torch.compile yourself"
         )
     _bind(model, batch_size)
-    settings = CompileConfig(mode="default")
-    # Else transformers compiles on accelerators only.
-    settings._compile_all_devices = True  # type: ignore[assignment]
-    generate = type(model).generate.__get__(model)
-    model.generate = functools.partial(
-        generate, cache_implementation="static", compile_config=settings
-    )
-    _warm_up(model, max_length, batch_size)
+    model.generate = CompiledGenerate(model)
+    try:
+        _warm_up(model, max_length, batch_size)
+    except BaseException:
+        del model.generate
+        raise
 
 
 def _require_compiler(model: nn.Module) -> None:
@@ -86,28 +125,41 @@ def _require_compiler(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _bind(model: Any, rows: int) -> None:
-    """Let the kernels make their forms of the weights, which must not happen in the graph."""
+def _bind(model: nn.Module, rows: int | None) -> None:
+    """Let the kernels of the rule of thumb make their forms of the weights, which must not happen
+    in the graph: those for a number of rows, or for any (None)."""
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
-            shape = (rows, layer.in_features)
-            layer(torch.zeros(shape, dtype=model.dtype, device=layer.codes.device))
+            spec = layer.spec(layer.codes.device.type, dtype, 1)
+            counts = [r.first for r in row_ranges(spec)] if rows is None else [rows]
+            for m in counts:
+                layer.prepared(select(spec.with_rows(m)), dtype)
 
 
 def _warm_up(model: Any, max_length: int, batch_size: int) -> None:
     """Generate a few tokens of a sequence that could become ``max_length`` long."""
     ids = torch.zeros((batch_size, 1), dtype=torch.int64, device=model.device)
-    with eval_mode(model):
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_length=max_length,
-            min_new_tokens=_WARM_TOKENS,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=0,
-            stopping_criteria=[_stop],
-        )
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_length=max_length,
+        min_new_tokens=_WARM_TOKENS,
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        pad_token_id=0,
+    )
+    # What the model's own configuration asks of a generation must not count here.
+    own, model.generation_config = model.generation_config, settings
+    try:
+        with eval_mode(model):
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=settings,
+                stopping_criteria=[_stop],
+            )
+    finally:
+        model.generation_config = own
 
 
 def _stop(ids: Tensor, *_: object, **__: object) -> Tensor:

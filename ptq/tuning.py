@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptq.compilation import CompiledGenerate
 from ptq.errors import ConfigError, UnsupportedError
 from ptq.kernels import KERNELS, Kernel, LinearSpec, Reference
 from ptq.modules import QuantLinear
@@ -58,13 +59,17 @@ def tune(
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     if not layers:
         raise UnsupportedError("the model has no quantized layer; ptq.quantize(model, ...) first")
+    if isinstance(model.__dict__.get("generate"), CompiledGenerate):
+        raise UnsupportedError("the model is compiled, which keeps the rule of thumb: tune first")
+    if not rows or not all(type(m) is int and m >= 1 for m in rows):
+        raise ConfigError(f"rows {list(rows)}: give whole numbers of at least 1")
     rows = sorted(set(rows))
-    if not rows or rows[0] < 1:
-        raise ConfigError(f"rows {list(rows)}: give numbers of at least 1")
-    if memory <= 0 or seconds <= 0:
-        raise ConfigError(f"memory {memory} and seconds {seconds}: more than 0")
+    if not 0 < memory < math.inf or not 0 < seconds < math.inf:
+        raise ConfigError(f"memory {memory} and seconds {seconds}: numbers above 0")
     first = next(iter(model.parameters()), None)
     dtype = dtype or (torch.float32 if first is None else first.dtype)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype {dtype!r}: give a floating dtype such as torch.bfloat16")
     device = next(iter(layers.values())).codes.device
     alike: dict[tuple[LinearSpec, str], list[str]] = defaultdict(list)
     for name, layer in layers.items():
@@ -73,10 +78,10 @@ def tune(
     found = []
     for spec, scheme in progress(alike):
         members = [layers[name] for name in alike[spec, scheme]]
-        key = f"{spec}, {scheme}, rows {list(rows)}, memory {memory}"
+        key = f"{spec}, {scheme}, rows {list(rows)}, memory {memory}, seconds {seconds}"
         times = None if store is None else store.get(key)
-        cached = times is not None
-        if times is None:
+        cached = times is not None and _complete(times, spec, rows)
+        if times is None or not cached:
             times = _measure(members, spec, rows, memory, seconds, device)
             if store is not None:
                 store.put(key, times)
@@ -88,6 +93,21 @@ def tune(
                         tuple((m, k.name) for m, k in choice), cached)
         )  # fmt: skip
     return Tuning(device.type, str(dtype).removeprefix("torch."), tuple(rows), tuple(found))
+
+
+def _complete(times: Times, spec: LinearSpec, rows: Sequence[int]) -> bool:
+    """Whether the times are of kernels that serve this spec, and some cost no memory."""
+    kernels = {k.name: k for k in KERNELS}
+    if FLOAT not in times or any(m not in times[FLOAT] for m in rows):
+        return False
+    served = [n for n in times if n != FLOAT]
+    if any(
+        n not in kernels or any(kernels[n].supports(spec.with_rows(m)) for m in times[n])
+        for n in served
+    ):
+        return False
+    free = [n for n in served if kernels[n].extra_bytes(spec) == 0]
+    return any(all(m in times[n] for m in rows) for n in free)
 
 
 @torch.inference_mode()  # where no activation is shared: each call quantizes its input

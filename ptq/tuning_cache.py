@@ -45,7 +45,7 @@ class TuningCache:
             try:
                 cache.content = json.loads(path.read_text())
                 cache._check()
-            except (ValueError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise ConfigError(f"{path} is damaged ({error}): delete it") from None
         return cache
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache, GenerationConfig
 
 import ptq
 from ptq.errors import ConfigError, UnsupportedError
@@ -67,17 +68,80 @@ def test_generation_is_compiled_once_and_gives_the_same_logits(tmp_path: Path) -
     assert "cache_implementation" not in saved
 
 
+def test_a_copy_decodes_its_own_weights() -> None:
+    torch._dynamo.reset()
+    model = tiny_llama()
+    ptq.quantize(model, "w8a16")
+    ptq.compile(model, max_length=24)
+    twin = copy.deepcopy(model)
+    other = tiny_llama(seed=5)
+    with torch.no_grad():
+        twin.lm_head.weight.copy_(other.lm_head.weight)
+    eager = copy.deepcopy(twin)
+    del eager.generate
+    del eager.__dict__["_compiled_call"]
+    prompt = tiny_tokens(1, 4)
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False,
+               "pad_token_id": 0}  # fmt: skip
+    assert torch.equal(twin.generate(prompt, **options), eager.generate(prompt, **options))
+
+
+def test_a_generation_config_and_another_cache() -> None:
+    torch._dynamo.reset()
+    model = tiny_llama()
+    ptq.quantize(model, "w8a16")
+    prompt = tiny_tokens(1, 4)
+    mask = torch.ones_like(prompt)
+    config = GenerationConfig(
+        max_new_tokens=8, do_sample=False, pad_token_id=0, num_return_sequences=1
+    )
+    model.generation_config.num_return_sequences = 2  # of sampling, which the warm-up is not
+    own = copy.deepcopy(model.generation_config)
+    expected = model.generate(prompt, attention_mask=mask, generation_config=config)
+    ptq.compile(model, max_length=24)
+    assert model.generation_config == own
+    found = model.generate(prompt, attention_mask=mask, generation_config=config)
+    assert torch.equal(found, expected)
+    assert config.cache_implementation is None
+    cache = DynamicCache(config=model.config)
+    found = model.generate(
+        prompt, attention_mask=mask, generation_config=config, past_key_values=cache
+    )
+    assert torch.equal(found, expected)
+
+
+def test_tuning_comes_before_compiling() -> None:
+    torch._dynamo.reset()
+    model = tiny_llama()
+    ptq.quantize(model, "w8a8")
+    ptq.compile(model, max_length=24)
+    with pytest.raises(UnsupportedError, match="tune first"):
+        ptq.tune(model, cache=False)
+
+
+def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    monkeypatch.setattr("ptq.compilation._stop", None)
+    with pytest.raises(TypeError):
+        ptq.compile(model, max_length=24)
+    assert "generate" not in model.__dict__
+
+
 def test_an_encoder_is_compiled_for_any_length() -> None:
     torch._dynamo.reset()
     model = tiny_bert()
     ptq.quantize(model, "w8a8")
-    tokens = [tiny_tokens(2, n) for n in (7, 19)]
+    tokens = [tiny_tokens(2, n) for n in (7, 7, 12, 19)]
+    counted = torch._dynamo.utils.counters["stats"]
     with torch.no_grad():
         expected = [model(t).last_hidden_state for t in tokens]
+        before = counted["unique_graphs"]
         ptq.compile(model)
         for t, e in zip(tokens, expected, strict=True):
             # A sum rounded otherwise may move an activation by one step.
             assert (model(t).last_hidden_state - e).norm() <= e.norm() / 127
+    # For the first shape, and for any other; the pooler's two rows are always the same.
+    assert counted["unique_graphs"] - before <= 2
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,21 @@ def test_a_damaged_cache_is_an_error(cache_home: Path, content: str) -> None:
     assert tuned(quantized(), cache=False).layers
 
 
+@pytest.mark.parametrize("lost", ["float", "dequantize", "8"])
+def test_an_incomplete_measurement_is_made_again(cache_home: Path, lost: str) -> None:
+    tuned(quantized())
+    content = json.loads(cache_home.read_text())
+    for measured in content.values():
+        for times in measured.values():
+            times.pop(lost, None)
+            for rows in times.values():
+                rows.pop(lost, None)
+    cache_home.write_text(json.dumps(content))
+    result = tuned(quantized())
+    assert not any(group.cached for group in result.layers)
+    assert "M=8" in str(result)
+
+
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -151,7 +166,14 @@ def test_it_prints_well_and_survives_a_copy() -> None:
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({"rows": [0]}, "rows"), ({"rows": []}, "rows"), ({"memory": 0.0}, "memory 0.0")],
+    [
+        ({"rows": [0]}, "rows"),
+        ({"rows": []}, "rows"),
+        ({"rows": [1.5]}, "rows"),
+        ({"memory": 0.0}, "memory 0.0"),
+        ({"seconds": float("nan")}, "seconds nan"),
+        ({"dtype": torch.int8}, "dtype"),
+    ],
 )
 def test_options_out_of_range(options: dict[str, object], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):

@@ -49,7 +49,7 @@ def quantize_activation(
 
     Dynamic: one scale per row, ``max|x| / 127`` (symmetric) or ``(max - min) / 255`` with a
     zero point, so every element is within half a step. Static: the given scalar scale and zero
-    point; what lies outside saturates.
+    point; what lies outside saturates, and NaN becomes some code (a dynamic scale keeps it).
 
     Args:
         dtype: of the codes; a float dtype where a float kernel would convert them back.

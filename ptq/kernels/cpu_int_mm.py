@@ -53,6 +53,11 @@ def int_product(x: Tensor, w: Tensor) -> Tensor:
     return torch._int_mm(x, w.t())
 
 
+def one_column(spec: LinearSpec) -> str | None:
+    """Why a weight [N, 1] is refused: the op misreads its strides (1, 1) (torch 2.13)."""
+    return "K=1: the op would read past the weight" if spec.k == 1 else None
+
+
 @dataclass(frozen=True)
 class IntMM:
     """``aten::_int_mm`` on int8 activations: exact int32 sums, any shape."""
@@ -65,7 +70,7 @@ class IntMM:
             return "for CPUs"
         if not int_mm_is_exact():
             return "this processor has no VNNI: its integer product saturates"
-        return integer_reason(spec)
+        return one_column(spec) or integer_reason(spec)
 
     def declines(self, spec: LinearSpec) -> str | None:
         if 2 <= spec.m <= 6 and Int8Pack().supports(spec) is None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ptq.core import QuantizedWeight
 from ptq.kernels.activations import Activation
-from ptq.kernels.cpu_int_mm import int_mm_is_exact, int_product
+from ptq.kernels.cpu_int_mm import int_mm_is_exact, int_product, one_column
 from ptq.kernels.integer import IntCodes, in_float, int_codes
 from ptq.kernels.spec import FLOATS, LinearSpec
 
@@ -60,7 +60,7 @@ class TwoDigit:
             return f"for {', '.join(str(dtype) for dtype in FLOATS)} activations"
         if spec.k > _MAX_COLUMNS:
             return f"K={spec.k} could overflow the int32 sum (at most {_MAX_COLUMNS})"
-        return None
+        return one_column(spec)
 
     def declines(self, spec: LinearSpec) -> str | None:
         if spec.n * spec.k < self.large:

@@ -48,7 +48,7 @@ class QuantLinear(nn.Module):
         for name, value in zip(BUFFERS, values, strict=True):
             self.register_buffer(name, value)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.shared_input = SharedInput()
+        self.shared_input: SharedInput | None = None
         self._prepared: dict[tuple[str, torch.dtype], Any] = {}
         self._choice: dict[tuple[str, torch.dtype, int], Kernel] = {}
         self.tuned: dict[tuple[str, torch.dtype], tuple[tuple[int, Kernel], ...]] = {}
@@ -138,7 +138,7 @@ class QuantLinear(nn.Module):
         make = partial(
             quantize_activation, rows, scheme, self.input_scale, self.input_zero_point, codes
         )
-        return self.shared_input.get(x, codes, make)
+        return make() if self.shared_input is None else self.shared_input.get(x, codes, make)
 
     def kernel(self, rows: Tensor) -> Kernel:
         """The kernel for this many rows: the measured choice, or the rule of thumb."""

@@ -22,6 +22,6 @@ def share_inputs(model: nn.Module) -> None:
                 if activations is not None and activations.mode == "dynamic":
                     alike[child.in_features, activations].append(child)
         for layers in alike.values():
-            shared = SharedInput()
+            shared = SharedInput(len(layers)) if len(layers) > 1 else None
             for layer in layers:
                 layer.shared_input = shared

@@ -106,3 +106,13 @@ def test_small_groups_keep_their_precision_in_float16_scales(scheme: str) -> Non
 def test_a_scale_beyond_its_dtype_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"layer 0: .*beyond float16.*scale_dtype: float32"):
         quantized(torch.randn(32, 64) * 1e6, "w4a16-g64")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w8a8-asym"])
+@pytest.mark.parametrize("shape", [(5, 1), (1, 5), (1, 1)])
+@pytest.mark.parametrize("rows", [1, 3, 12, 40])
+def test_layers_of_one_row_or_column(scheme: str, shape: tuple[int, int], rows: int) -> None:
+    layer = quantized(torch.randn(shape) + 2, scheme)
+    x = torch.randn(rows, shape[1]).abs() + 1
+    # Half a step of the activations, and bfloat16 where the activations are float.
+    assert relative_error(layer, x) < 0.5 / 127 + 2 * torch.finfo(torch.bfloat16).eps

@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,15 +68,40 @@ def test_an_input_that_was_changed_in_place_is_quantized_again(guard: type) -> N
         assert torch.equal(model(x), alone(model, x))
 
 
-def test_nothing_outlives_the_input() -> None:
+def test_nothing_outlives_the_input_or_the_last_reader() -> None:
     model = Heads()
     ptq.quantize(model, "w8a8")
+    shared = model.q.shared_input
     x = torch.randn(40, 64)
     model(x)
-    assert model.q.shared_input._latest is not None
-    del x
-    gc.collect()
-    assert model.q.shared_input._latest is None
+    assert shared._latest is None
+    model.q(x)
+    kept = weakref.ref(shared._latest.activation)
+    gc.disable()
+    try:
+        del x
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_memory_that_numpy_changes_is_quantized_again() -> None:
+    model = Heads()
+    ptq.quantize(model, "w8a8")
+    buffer = np.random.default_rng(0).standard_normal((3, 64)).astype("float32")
+    x = torch.from_numpy(buffer)
+    model(x)
+    buffer *= -2
+    assert torch.equal(model(x), alone(model, x))
+    model.q(x)
+    x.data = torch.randn(5, 64)
+    assert torch.equal(model(x), alone(model, x))
+
+
+def test_a_layer_without_siblings_remembers_nothing() -> None:
+    model = nn.Sequential(nn.Linear(64, 32))
+    ptq.quantize(model, "w8a8")
+    assert model[0].shared_input is None
 
 
 def test_a_copy_shares_among_its_own_layers(calls: list[tuple[int, ...]]) -> None:
@@ -92,8 +119,13 @@ def test_static_scales_are_each_layers_own(calls: list[tuple[int, ...]]) -> None
     model = Heads()
     ptq.quantize(model, "w8a8-static", calibration=[torch.randn(8, 64)])
     calls.clear()
-    model(torch.randn(3, 64))
+    x = torch.randn(3, 64) * 8
+    before = model(x)
     assert len(calls) == 3
+    state = model.state_dict()
+    model.load_state_dict({k: v * 2 if "input_scale" in k else v for k, v in state.items()})
+    assert not torch.equal(model(x), before)
+    assert torch.equal(model(x), alone(model, x))
 
 
 def test_a_loaded_model_shares_too(tmp_path: Path, calls: list[tuple[int, ...]]) -> None:
