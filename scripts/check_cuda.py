@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import torch
+from arguments import dynamic_scheme, shape
 from racing import race, timed
 from torch import Tensor, nn
 
@@ -34,8 +35,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK")
+    parser.add_argument("--schemes", nargs="+", type=dynamic_scheme, default=SCHEMES)
+    parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="NxK")
     parser.add_argument("--rows", nargs="+", type=positive, default=ROWS, metavar="M")
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
     parser.add_argument("--seconds", type=float, default=0.2, help="for one kernel")

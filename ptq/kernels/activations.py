@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ptq.config import ActivationScheme
 
+_SMALLEST = torch.finfo(torch.float32).smallest_normal  # a scale
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -62,18 +64,27 @@ def quantize_activation(
         zero_point = None if input_zero_point is None else input_zero_point.reshape(1, 1)
         codes = _codes(values, input_scale.reshape(1, 1), zero_point).clamp_(-128, 127)
         return Activation(codes.to(dtype), input_scale.reshape(1, 1), zero_point)
-    smallest = torch.finfo(torch.float32).smallest_normal
     if scheme.symmetric:
-        # vector_norm(inf) and aminmax take ten times as long on a CPU.
-        scratch = values.abs()
-        scale = scratch.amax(dim=-1, keepdim=True).div_(127).clamp_(min=smallest)
-        return Activation(torch.div(values, scale, out=scratch).round_().to(dtype), scale)
+        codes, scale = symmetric_codes(values, 127)
+        return Activation(codes.to(dtype), scale)
     low = values.amin(dim=-1, keepdim=True).clamp_(max=0)
     high = values.amax(dim=-1, keepdim=True).clamp_(min=0)
-    scale = ((high - low) / 255).clamp_(min=smallest)
+    scale = ((high - low) / 255).clamp_(min=_SMALLEST)
     zero_point = (-128 - low / scale).round_().clamp_(-128, 127).to(torch.int32)
     codes = _codes(values, scale, zero_point).clamp_(-128, 127)
     return Activation(codes.to(dtype), scale, zero_point)
+
+
+def symmetric_codes(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers from -largest to largest (float32 [M, K]) and their scale [M, 1], by row.
+
+    Args:
+        x: float32 [M, K].
+    """
+    # vector_norm(inf) and aminmax take ten times as long on a CPU.
+    scratch = x.abs()
+    scale = scratch.amax(dim=-1, keepdim=True).div_(largest).clamp_(min=_SMALLEST)
+    return torch.div(x, scale, out=scratch).round_(), scale
 
 
 def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ptq.core import QuantizedWeight
 from ptq.kernels.activations import Activation, scaled
-from ptq.kernels.spec import FLOATS, LinearSpec, few_rows
+from ptq.kernels.spec import LinearSpec, few_rows, floats_reason
 
 GROUPS = (256, 128, 64, 32)
 
@@ -65,11 +65,9 @@ class Int4Pack:
     def supports(self, spec: LinearSpec) -> str | None:
         if spec.device != "cpu":
             return "for CPUs"
-        reason = nibble_reason(spec)
+        reason = nibble_reason(spec) or floats_reason(spec)
         if reason is not None:
             return reason
-        if spec.dtype not in FLOATS:
-            return f"for {', '.join(str(dtype) for dtype in FLOATS)} activations"
         if spec.n % 16:
             return f"N={spec.n} is not a multiple of 16"
         return None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ptq.core import QuantizedWeight
 from ptq.kernels.activations import Activation, scaled
-from ptq.kernels.spec import FLOATS, LinearSpec, few_rows
+from ptq.kernels.spec import LinearSpec, few_rows, floats_reason, int8_reason
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,9 @@ class Int8Pack:
     def supports(self, spec: LinearSpec) -> str | None:
         if spec.device != "cpu":
             return "for CPUs"
-        if spec.format.bits != 8 or spec.granularity.kind == "group" or not spec.symmetric:
-            return "for symmetric int8 codes with per-channel or per-tensor scales"
-        if spec.dtype not in FLOATS:
-            return f"for {', '.join(str(dtype) for dtype in FLOATS)} activations"
+        reason = int8_reason(spec) or floats_reason(spec)
+        if reason is not None:
+            return reason
         if spec.dtype == torch.float16 and spec.activations is not None:
             return "the unscaled product of int8 activations could overflow float16"
         if spec.k % 16:

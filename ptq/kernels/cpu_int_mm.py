@@ -41,6 +41,15 @@ def _probe() -> bool:
     return torch.equal(torch._int_mm(codes, codes.t()).float(), codes.float() @ codes.t().float())
 
 
+def vnni_reason(spec: LinearSpec) -> str | None:
+    """Why integer products on this processor cannot be relied on."""
+    if spec.device != "cpu":
+        return "for CPUs"
+    if not int_mm_is_exact():
+        return "this processor has no VNNI: its integer product saturates"
+    return None
+
+
 def int_product(x: Tensor, w: Tensor) -> Tensor:
     """The exact product [M, N] (int32) of x [M, K] and w [N, K] (int8); strides may be any.
 
@@ -66,11 +75,7 @@ class IntMM:
     integer: bool = True
 
     def supports(self, spec: LinearSpec) -> str | None:
-        if spec.device != "cpu":
-            return "for CPUs"
-        if not int_mm_is_exact():
-            return "this processor has no VNNI: its integer product saturates"
-        return one_column(spec) or integer_reason(spec)
+        return vnni_reason(spec) or one_column(spec) or integer_reason(spec)
 
     def declines(self, spec: LinearSpec) -> str | None:
         if 2 <= spec.m <= 6 and Int8Pack().supports(spec) is None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ptq.core import QuantizedWeight
 from ptq.kernels.activations import Activation
-from ptq.kernels.cpu_int_mm import int_mm_is_exact
+from ptq.kernels.cpu_int_mm import vnni_reason
 from ptq.kernels.integer import integer_reason, integer_tolerance
 from ptq.kernels.spec import LinearSpec, second_form
 
@@ -33,11 +33,7 @@ class OneDnn:
     integer: bool = True
 
     def supports(self, spec: LinearSpec) -> str | None:
-        if spec.device != "cpu":
-            return "for CPUs"
-        if not int_mm_is_exact():
-            return "this processor has no VNNI: its integer product saturates"
-        reason = integer_reason(spec)
+        reason = vnni_reason(spec) or integer_reason(spec)
         if reason is not None:
             return reason
         assert spec.activations is not None

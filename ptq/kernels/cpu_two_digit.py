@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ptq.core import QuantizedWeight
-from ptq.kernels.activations import Activation
-from ptq.kernels.cpu_int_mm import int_mm_is_exact, int_product, one_column
+from ptq.kernels.activations import Activation, symmetric_codes
+from ptq.kernels.cpu_int_mm import int_product, one_column, vnni_reason
 from ptq.kernels.integer import IntCodes, in_float, int_codes
-from ptq.kernels.spec import FLOATS, LinearSpec
+from ptq.kernels.spec import LinearSpec, few_rows, floats_reason, int8_reason
 
 _MAX_COLUMNS = 1 << 17  # 2^7 * 2^7 * K must fit int32
 
@@ -21,11 +21,7 @@ def two_digits(x: Tensor) -> tuple[Tensor, Tensor]:
     Every element is within half of 1/32512 of its row's largest magnitude.
     """
     rows = x.shape[0]
-    values = x.float()
-    scratch = values.abs()
-    scale = scratch.amax(dim=-1, keepdim=True).div_(127 * 256)
-    scale.clamp_(min=torch.finfo(torch.float32).smallest_normal)
-    codes = torch.div(values, scale, out=scratch).round_()
+    codes, scale = symmetric_codes(x.float(), 127 * 256)
     digits = torch.empty((2 * rows, x.shape[1]), dtype=torch.int8, device=x.device)
     high = torch.add(codes, 128).div_(256).floor_()
     digits[:rows] = high
@@ -48,16 +44,14 @@ class TwoDigit:
     large: int = 1 << 22  # weights
 
     def supports(self, spec: LinearSpec) -> str | None:
-        if spec.device != "cpu":
-            return "for CPUs"
-        if not int_mm_is_exact():
-            return "this processor has no VNNI: its integer product saturates"
+        reason = vnni_reason(spec)
+        if reason is not None:
+            return reason
         if spec.activations is not None:
             return "activations are int8 already"
-        if spec.format.bits != 8 or spec.granularity.kind == "group" or not spec.symmetric:
-            return "for symmetric int8 codes with per-channel or per-tensor scales"
-        if spec.dtype not in FLOATS:
-            return f"for {', '.join(str(dtype) for dtype in FLOATS)} activations"
+        reason = int8_reason(spec) or floats_reason(spec)
+        if reason is not None:
+            return reason
         if spec.k > _MAX_COLUMNS:
             return f"K={spec.k} could overflow the int32 sum (at most {_MAX_COLUMNS})"
         return one_column(spec)
@@ -67,9 +61,7 @@ class TwoDigit:
             return f"fewer than {self.large} weights: splitting x costs more than it saves"
         if spec.m <= self.few:
             return f"up to {self.few} rows: slower than int8pack"
-        if spec.m > self.rows:
-            return f"more than {self.rows} rows: slower than dequantizing"
-        return None
+        return few_rows(spec, self.rows)
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> IntCodes:
         return int_codes(weight)

@@ -21,7 +21,7 @@ from ptq.kernels.integer import (
     integer_reason,
     integer_tolerance,
 )
-from ptq.kernels.spec import LinearSpec, few_rows
+from ptq.kernels.spec import LinearSpec, few_rows, int8_reason
 
 _MIN_ROWS = 17  # _int_mm on CUDA wants more than 16 rows
 
@@ -124,8 +124,9 @@ class CudaInt8Pack:
     def supports(self, spec: LinearSpec) -> str | None:
         if spec.device != "cuda":
             return "for CUDA devices"
-        if spec.format.bits != 8 or spec.granularity.kind == "group" or not spec.symmetric:
-            return "for symmetric int8 codes with per-channel or per-tensor scales"
+        reason = int8_reason(spec)
+        if reason is not None:
+            return reason
         if spec.activations is not None:
             return "for float activations"
         if spec.dtype not in (torch.float32, torch.bfloat16):

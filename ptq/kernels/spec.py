@@ -69,6 +69,20 @@ class LinearSpec:
         )
 
 
+def floats_reason(spec: LinearSpec) -> str | None:
+    """Why the activations' dtype does not fit the ops."""
+    if spec.dtype not in FLOATS:
+        return f"for {', '.join(str(dtype) for dtype in FLOATS)} activations"
+    return None
+
+
+def int8_reason(spec: LinearSpec) -> str | None:
+    """Why the weight does not fit an op over plain int8 codes with a scale for each row."""
+    if spec.format.bits != 8 or spec.granularity.kind == "group" or not spec.symmetric:
+        return "for symmetric int8 codes with per-channel or per-tensor scales"
+    return None
+
+
 def few_rows(spec: LinearSpec, limit: int) -> str | None:
     """The rule of thumb of kernels that are good for a few rows."""
     return f"more than {limit} rows: slower than dequantizing" if spec.m > limit else None

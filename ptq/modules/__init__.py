@@ -1,6 +1,6 @@
 """Modules that hold quantized weights."""
 
 from ptq.modules.quant_linear import QuantLinear
-from ptq.modules.sharing import share_inputs
+from ptq.modules.sharing import quantized_layers, share_inputs
 
-__all__ = ["QuantLinear", "share_inputs"]
+__all__ = ["QuantLinear", "quantized_layers", "share_inputs"]

@@ -1,12 +1,25 @@
-"""Which layers of a model share their input."""
+"""The quantized layers of a model, and which of them share their input."""
 
 from collections import defaultdict
 from typing import Any
 
 from torch import nn
 
+from ptq.errors import UnsupportedError
 from ptq.modules.quant_linear import QuantLinear
 from ptq.modules.shared_input import SharedInput
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantized layers, by name.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    if not layers:
+        raise UnsupportedError("the model has no quantized layer; ptq.quantize(model, ...) first")
+    return layers
 
 
 def share_inputs(model: nn.Module) -> None:

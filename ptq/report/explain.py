@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq.errors import UnsupportedError
 from ptq.kernels import KERNELS, Kernel, RowRange, row_ranges
-from ptq.modules import QuantLinear
+from ptq.modules import quantized_layers
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,7 @@ def explain(
     Raises:
         UnsupportedError: the model has no quantized layer.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    if not layers:
-        raise UnsupportedError("the model has no quantized layer; ptq.quantize(model, ...) first")
+    layers = quantized_layers(model)
     first = next(iter(model.parameters()), None)
     device = torch.device(device or next(iter(layers.values())).codes.device).type
     dtype = dtype or (torch.float32 if first is None else first.dtype)
