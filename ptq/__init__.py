@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     )
     from ptq.evaluation import evaluate
     from ptq.model import load_float
-    from ptq.modules import QuantLinear
+    from ptq.modules import QuantEmbedding, QuantLinear
     from ptq.pipeline import quantize, run
     from ptq.planning import plan
     from ptq.report import explain
@@ -50,6 +50,7 @@ _HOME = {
     "ConfigError": "ptq.errors",
     "ModelError": "ptq.errors",
     "PTQError": "ptq.errors",
+    "QuantEmbedding": "ptq.modules",
     "QuantLinear": "ptq.modules",
     "QuantizationConfig": "ptq.config",
     "Scheme": "ptq.config",
@@ -74,6 +75,7 @@ __all__ = [
     "ConfigError",
     "ModelError",
     "PTQError",
+    "QuantEmbedding",
     "QuantLinear",
     "QuantizationConfig",
     "Scheme",

@@ -305,15 +305,30 @@ class QuantizationConfig(Section):
     scheme: SchemeField = Field(description="a preset such as w8a8 or w4a16-g64, or a mapping")
     model: Annotated[ModelConfig | None, BeforeValidator(_model_from_id)] = None
     rules: list[Rule] = Field(default_factory=list, description="per layer; later rules win")
+    embeddings: Annotated[Scheme | None, BeforeValidator(_scheme_or_float)] = Field(
+        None,
+        description="weight-only scheme of the token embedding, such as w8a16, or float; "
+        "an output head tied to it shares it",
+    )
     tied_embeddings: Literal["keep", "untie"] = Field(
         "keep",
-        description="keep: an output head tied to the embedding stays tied and float; "
-        "untie: rules may quantize it, the embedding stays float",
+        description="keep: an output head tied to the embedding stays tied, and float unless "
+        "'embeddings' quantizes both; untie: rules may quantize the head by itself",
     )
     calibration: Annotated[CalibrationConfig | None, BeforeValidator(_text_from_source)] = None
     evaluation: Annotated[EvaluationConfig | None, BeforeValidator(_text_from_source)] = None
     generation: GenerationConfig | None = None
     output: Annotated[OutputConfig | None, BeforeValidator(_output_from_dir)] = None
+
+    @field_validator("embeddings")
+    @classmethod
+    def _looked_up(cls, value: Scheme | None) -> Scheme | None:
+        if value is not None and value.activations is not None:
+            raise ValueError(
+                f"{value} has quantized activations, but rows of an embedding are looked up; "
+                f"give a weight-only scheme such as w{value.weights.int_format.bits}a16"
+            )
+        return value
 
 
 def torch_dtype(name: str) -> torch.dtype:

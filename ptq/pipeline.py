@@ -56,7 +56,7 @@ from ptq.observers import make_observer
 from ptq.planning import Plan, plan
 from ptq.report import Console, Report, environment, explain
 from ptq.report.report import peak_memory_bytes
-from ptq.swap import quantize_layers
+from ptq.swap import quantize_embeddings, quantize_layers
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def quantize(
     statistics = _calibrate(model, made, config, calibration, console)
     console.stage_name = "quantize"
     quantize_layers(model, made.schemes, statistics, console.bar("layer"))
+    quantize_embeddings(model, made.embeddings, made.sharing)
     return QuantizationResult(model, made, config, statistics, time.perf_counter() - start)
 
 

@@ -15,7 +15,7 @@ from ptq.config import QuantizationConfig, Rule, Scheme, as_config
 from ptq.core import packed_width
 from ptq.errors import ConfigError, UnsupportedError
 from ptq.model.layers import LayerInfo, TensorInfo, read_layers
-from ptq.modules import QuantLinear
+from ptq.modules import quantized_modules
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class LayerPlan:
         decided_by: the rule or default that decided.
         bytes_before: of its tensors in the output dtype, unquantized.
         bytes_after: of its tensors in the checkpoint.
+        looked_up: it is an embedding.
+        shares: name of the quantized embedding that a tied output head shares, or None.
     """
 
     name: str
@@ -41,6 +43,8 @@ class LayerPlan:
     decided_by: str
     bytes_before: int
     bytes_after: int
+    looked_up: bool = False
+    shares: str | None = None
 
     @property
     def outcome(self) -> str:
@@ -74,8 +78,22 @@ class Plan:
 
     @property
     def schemes(self) -> dict[str, Scheme]:
-        """Scheme of each layer that is quantized."""
-        return {layer.name: layer.scheme for layer in self.layers if layer.scheme is not None}
+        """Scheme of each linear layer that is quantized by itself."""
+        return {
+            layer.name: layer.scheme
+            for layer in self.layers
+            if layer.scheme is not None and not layer.looked_up and layer.shares is None
+        }
+
+    @property
+    def embeddings(self) -> dict[str, Scheme]:
+        """Scheme of each embedding that is quantized."""
+        return {x.name: x.scheme for x in self.layers if x.scheme is not None and x.looked_up}
+
+    @property
+    def sharing(self) -> dict[str, str]:
+        """Output heads that share the quantized embedding, which is named."""
+        return {layer.name: layer.shares for layer in self.layers if layer.shares is not None}
 
     @property
     def static_layers(self) -> list[str]:
@@ -228,6 +246,7 @@ def plan(
             "wrap it: nn.Sequential(layer)"
         )
     _refuse_idle_rules(config.rules, infos, config)
+    _refuse_without_embedding(config, infos)
     layers = tuple(_plan_layer(info, config, dtype) for info in infos)
     first_float = next((i.tensors[0].dtype for i in infos if i.tensors), torch.float32)
     made = Plan(layers, dtype or first_float)
@@ -260,16 +279,33 @@ def _plan_layer(
     scheme, reason, decided_by = _decide(info, config)
     before = sum(_tensor_bytes(tensor, dtype) for tensor in info.tensors)
     after = before
+    shares = info.tied_to if info.is_linear and config.tied_embeddings == "keep" else None
     if scheme is not None:
         _check_fits(info, scheme, decided_by)
-        after = _quantized_bytes(info, scheme, dtype)
+        if shares is None:
+            after = _quantized_bytes(info, scheme, dtype)
     return LayerPlan(
-        info.name, info.kind, info.shape, info.parameters, scheme, reason, decided_by, before, after
+        info.name,
+        info.kind,
+        info.shape,
+        info.parameters,
+        scheme,
+        reason,
+        decided_by,
+        before,
+        after,
+        info.is_embedding,
+        shares if scheme is not None else None,
     )
 
 
 def _decide(info: LayerInfo, config: QuantizationConfig) -> tuple[Scheme | None, str, str]:
     """Scheme, reason for float, and the rule that decided."""
+    tied_head = info.is_linear and info.tied_to is not None and config.tied_embeddings == "keep"
+    if config.embeddings is not None and (info.is_embedding or tied_head):
+        return config.embeddings, "", f"embeddings: {config.embeddings}"
+    if info.is_embedding:
+        return None, "an embedding", "default: embeddings stay float"
     if info.obstacle is not None:
         return None, info.obstacle, "kind of module"
     if info.tied_to is not None and config.tied_embeddings == "keep":
@@ -304,11 +340,24 @@ def _refuse_idle_rules(
                 f"rules.{number}: {rule.layers!r} matches no linear layer; "
                 f"there are {_examples(names)}"
             )
-        if rule.scheme is not None and set(hit) <= tied and config.tied_embeddings == "keep":
+        asks = rule.scheme is not None or config.embeddings is not None
+        if asks and set(hit) <= tied and config.tied_embeddings == "keep":
             raise ConfigError(
                 f"rules.{number}: {rule.layers!r} matches only {hit[0]}, whose weight is tied to "
-                "the embedding; set tied_embeddings: untie to quantize a copy of it"
+                "the embedding; set tied_embeddings: untie to give it a copy of its own"
             )
+
+
+def _refuse_without_embedding(config: QuantizationConfig, infos: list[LayerInfo]) -> None:
+    """Whether the key ``embeddings`` has something to act on."""
+    if config.embeddings is None:
+        return
+    if not any(info.is_embedding for info in infos):
+        found = ", ".join(sorted({i.kind for i in infos if "mbedding" in i.kind}))
+        raise ConfigError(
+            f"embeddings: {config.embeddings}: the model has no plain nn.Embedding for its tokens"
+            f"{found and f', only {found}'}; leave the key out"
+        )
 
 
 def _examples(names: list[str]) -> str:
@@ -344,7 +393,7 @@ def _tensor_bytes(tensor: TensorInfo, dtype: torch.dtype | None) -> int:
 
 
 def _refuse_quantized(model: nn.Module) -> None:
-    name = next((n for n, m in model.named_modules() if isinstance(m, QuantLinear)), None)
+    name = next(iter(quantized_modules(model)), None)
     if name is not None:
         raise UnsupportedError(
             f"layer {name} is already quantized by ptq; ptq.dequantize(model) first, "

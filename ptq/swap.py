@@ -1,18 +1,20 @@
 """Putting quantized layers into a model, and taking them out again."""
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptq.algorithms import ALGORITHMS, with_static_input
+from ptq.algorithms import ALGORITHMS, round_to_nearest, with_static_input
 from ptq.calibrate import LayerStatistics
 from ptq.config import Scheme
 from ptq.errors import CalibrationError, PTQError, UnsupportedError
 from ptq.model import read_layers, replace_module
-from ptq.modules import QuantLinear, share_inputs
+from ptq.modules import QuantEmbedding, QuantLinear, quantized_modules, share_inputs, tie
 
+M = TypeVar("M", bound=nn.Module)
 Progress = Callable[[Iterable[str]], Iterable[str]]
 
 _HOOKS = (
@@ -45,6 +47,40 @@ def quantize_layers(
     share_inputs(model)
 
 
+def quantize_embeddings(
+    model: nn.Module, schemes: Mapping[str, Scheme], sharing: Mapping[str, str]
+) -> None:
+    """Replace the named ``nn.Embedding`` layers by :class:`QuantEmbedding`, in place.
+
+    Args:
+        sharing: output heads, each with the embedding whose weight it shares: they become
+            :class:`QuantLinear` layers over the same codes.
+    """
+    for name, scheme in schemes.items():
+        old = model.get_submodule(name)
+        assert isinstance(old, nn.Embedding)
+        try:
+            weight = round_to_nearest(old.weight, scheme.weights)
+        except PTQError as error:
+            raise type(error)(f"layer {name}: {error}") from None
+        new = QuantEmbedding(weight, scheme, old.weight.dtype, old.padding_idx)
+        for head in (head for head, owner in sharing.items() if owner == name):
+            linear = model.get_submodule(head)
+            assert isinstance(linear, nn.Linear)
+            bias = None if linear.bias is None else linear.bias.detach()
+            layer = _in_place_of(linear, QuantLinear(weight, scheme, bias))
+            tie(new, layer)
+            replace_module(model, head, layer)
+        replace_module(model, name, _in_place_of(old, new))
+
+
+def _in_place_of(old: nn.Module, new: M) -> M:
+    """The new module with the mode and the hooks of the old one."""
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(old, hooks))
+    return new.train(old.training)
+
+
 def _quantized(
     model: nn.Module, name: str, scheme: Scheme, statistics: Mapping[str, LayerStatistics]
 ) -> QuantLinear:
@@ -63,10 +99,7 @@ def _quantized(
             weight, scheme.activations, seen.low.to(device), seen.high.to(device)
         )
     bias = None if linear.bias is None else linear.bias.detach()
-    layer = QuantLinear(weight, scheme, bias).train(linear.training)
-    for hooks in _HOOKS:
-        setattr(layer, hooks, getattr(linear, hooks))
-    return layer
+    return _in_place_of(linear, QuantLinear(weight, scheme, bias))
 
 
 def _untie(model: nn.Module) -> None:
@@ -80,8 +113,9 @@ def _untie(model: nn.Module) -> None:
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every :class:`QuantLinear` by an ``nn.Linear`` with the weights it stands for.
 
-    In place. The result is float and has the quantization error of the weights; activations are
-    no longer quantized.
+    In place, and embeddings likewise; a head that shares an embedding's codes shares its weight.
+    The result is float and has the quantization error of the weights; activations are no longer
+    quantized.
 
     Args:
         dtype: of the weights (default: that of the model's other parameters, else float32).
@@ -94,14 +128,30 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             "the model is a single QuantLinear, which has no place for another layer; "
             "wrap it: nn.Sequential(layer)"
         )
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    layers = quantized_modules(model)
     wanted = dtype or next((p.dtype for p in model.parameters()), torch.float32)
+    tables = {m: _float_weight(m, wanted) for m in layers.values() if isinstance(m, QuantEmbedding)}
     for name, layer in layers.items():
-        linear = nn.Linear(
-            layer.in_features, layer.out_features, layer.bias is not None, device="meta"
-        )
-        linear.weight = nn.Parameter(layer.quantized_weight.dequantize(wanted), requires_grad=False)
-        if layer.bias is not None:
-            linear.bias = nn.Parameter(layer.bias.detach().to(wanted), requires_grad=False)
-        replace_module(model, name, linear.train(layer.training))
+        if isinstance(layer, QuantEmbedding):
+            rows, columns = layer.num_embeddings, layer.embedding_dim
+            new: nn.Module = nn.Embedding(rows, columns, layer.padding_idx, device="meta")
+            new.weight = tables[layer]
+        else:
+            owner = layer.tied_to[0] if layer.tied_to else None
+            weight = tables.get(owner) if isinstance(owner, QuantEmbedding) else None
+            new = _float_linear(layer, weight, wanted)
+        replace_module(model, name, new.train(layer.training))
     return model
+
+
+def _float_weight(layer: QuantLinear | QuantEmbedding, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(layer.quantized_weight.dequantize(dtype), requires_grad=False)
+
+
+def _float_linear(layer: QuantLinear, weight: nn.Parameter | None, dtype: torch.dtype) -> nn.Linear:
+    """The layer in float, with this weight where it shares one."""
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight = _float_weight(layer, dtype) if weight is None else weight
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    return linear

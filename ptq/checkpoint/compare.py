@@ -10,15 +10,15 @@ from ptq.checkpoint.shard import dtype_name
 from ptq.checkpoint.tensors import distinct_tensors
 from ptq.config import Scheme
 from ptq.errors import CheckpointError
-from ptq.modules import QuantLinear
+from ptq.modules import QuantLinear, quantized_modules
 
 
 def assert_same(a: nn.Module, b: nn.Module) -> None:
     """Check that two models have the same tensors, bit for bit, and the same quantized layers.
 
     Compared are the entries of ``state_dict()`` and which of them share memory, the buffers that
-    are not in it (rotary frequencies), and the scheme of every QuantLinear. NaNs are compared by
-    their bits. The models may be on different devices; one tensor at a time is moved.
+    are not in it (rotary frequencies), and the scheme of every quantized module. NaNs are compared
+    by their bits. The models may be on different devices; one tensor at a time is moved.
 
     Raises:
         CheckpointError: names the first layer or tensor that differs.
@@ -76,7 +76,7 @@ def _same_output(where: str, a: Tensor, b: Tensor) -> None:
 
 
 def _schemes(model: nn.Module) -> dict[str, Scheme]:
-    return {n: m.scheme for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    return {name: module.scheme for name, module in quantized_modules(model).items()}
 
 
 def _computed(model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -33,12 +33,20 @@ class TensorEntry(Entry):
 
 
 class LayerEntry(Entry):
-    """One QuantLinear; ``bias`` is the dtype of its bias, or None."""
+    """One quantized module.
+
+    Args:
+        in_features, out_features: of a QuantLinear; of a QuantEmbedding, the length and the
+            number of its rows.
+        bias: dtype of the bias, or None.
+        kind: which of the two it is.
+    """
 
     scheme: Scheme
     in_features: int
     out_features: int
     bias: str | None
+    kind: Literal["linear", "embedding"] = "linear"
 
 
 class FileEntry(Entry):

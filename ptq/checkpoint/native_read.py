@@ -17,7 +17,7 @@ from ptq.checkpoint.shard import Stored, read_tensors
 from ptq.checkpoint.slots import check_fit, empty_layers, slots
 from ptq.errors import CheckpointError, UnsupportedError
 from ptq.model import fill_computed_buffers, replace_module, skeleton
-from ptq.modules import share_inputs
+from ptq.modules import share_inputs, tie_shared
 
 
 def load(
@@ -60,6 +60,7 @@ def load(
         replace_module(model, name, layer)
     share_inputs(model)
     _assign(model, tensors, manifest.aliases)
+    tie_shared(model)
     fill_computed_buffers(model, device)
     if isinstance(model, PreTrainedModel) and GENERATION_CONFIG in manifest.files:
         model.generation_config = _generation_config(root)

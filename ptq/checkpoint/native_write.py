@@ -27,7 +27,7 @@ from ptq.checkpoint.target import check_target
 from ptq.checkpoint.tensors import distinct_tensors
 from ptq.config import QuantizationConfig
 from ptq.errors import CheckpointError
-from ptq.modules import QuantLinear
+from ptq.modules import QuantEmbedding, QuantLinear, quantized_modules
 
 
 def save(
@@ -91,16 +91,7 @@ def save(
 
 
 def _layers(model: nn.Module) -> dict[str, LayerEntry]:
-    layers = {
-        name: LayerEntry(
-            scheme=module.scheme,
-            in_features=module.in_features,
-            out_features=module.out_features,
-            bias=None if module.bias is None else dtype_name(module.bias.dtype),
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, QuantLinear)
-    }
+    layers = {name: _layer(module) for name, module in quantized_modules(model).items()}
     if not layers:
         raise CheckpointError(
             f"nothing in this {type(model).__name__} is quantized; "
@@ -109,6 +100,23 @@ def _layers(model: nn.Module) -> dict[str, LayerEntry]:
     if "" in layers:
         raise CheckpointError("the model is a single QuantLinear; wrap it: nn.Sequential(layer)")
     return layers
+
+
+def _layer(module: QuantLinear | QuantEmbedding) -> LayerEntry:
+    if isinstance(module, QuantEmbedding):
+        return LayerEntry(
+            scheme=module.scheme,
+            in_features=module.embedding_dim,
+            out_features=module.num_embeddings,
+            bias=None,
+            kind="embedding",
+        )
+    return LayerEntry(
+        scheme=module.scheme,
+        in_features=module.in_features,
+        out_features=module.out_features,
+        bias=None if module.bias is None else dtype_name(module.bias.dtype),
+    )
 
 
 def _write_tensors(

@@ -9,8 +9,12 @@ from torch import nn
 from ptq.checkpoint.manifest import LayerEntry, Manifest
 from ptq.checkpoint.shard import DTYPES, dtype_name
 from ptq.errors import CheckpointError
-from ptq.modules import QuantLinear
+from ptq.modules import QuantEmbedding, QuantLinear
 
+_SIZES = {
+    "linear": ("in_features", "out_features"),
+    "embedding": ("embedding_dim", "num_embeddings"),
+}
 _BY_NAME = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 
 
@@ -38,8 +42,11 @@ def dtype_named(name: str) -> torch.dtype:
     return _BY_NAME[name]
 
 
-def empty_layers(model: nn.Module, layers: Mapping[str, LayerEntry]) -> dict[str, QuantLinear]:
-    """A QuantLinear on the meta device for every quantized layer; the model is not changed.
+Quantized = QuantLinear | QuantEmbedding
+
+
+def empty_layers(model: nn.Module, layers: Mapping[str, LayerEntry]) -> dict[str, Quantized]:
+    """A module on the meta device for every quantized one; the model is not changed.
 
     Raises:
         CheckpointError: the model has no such layer, or one of another size.
@@ -47,7 +54,7 @@ def empty_layers(model: nn.Module, layers: Mapping[str, LayerEntry]) -> dict[str
     return {name: _empty_layer(model, name, entry) for name, entry in layers.items()}
 
 
-def _empty_layer(model: nn.Module, name: str, entry: LayerEntry) -> QuantLinear:
+def _empty_layer(model: nn.Module, name: str, entry: LayerEntry) -> Quantized:
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -55,18 +62,27 @@ def _empty_layer(model: nn.Module, name: str, entry: LayerEntry) -> QuantLinear:
             f"the checkpoint has a quantized layer {name}, but {type(model).__name__} has none; "
             "it is not the model that was saved"
         ) from None
+    sizes = _SIZES[entry.kind]
     wanted = (entry.in_features, entry.out_features)
-    found = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    found = tuple(getattr(module, size, None) for size in sizes)
     if found != wanted:
         raise CheckpointError(
-            f"layer {name} is {type(module).__name__} with in, out features {found} in the model, "
-            f"a QuantLinear with {wanted} in the checkpoint; it is not the model that was saved"
+            f"layer {name} is {type(module).__name__} with {', '.join(sizes)} {found} in the "
+            f"model, a quantized {entry.kind} layer with {wanted} in the checkpoint; it is not the "
+            "model that was saved"
         )
+    if entry.kind == "embedding":
+        assert isinstance(module, nn.Embedding | QuantEmbedding)
+        empty = QuantEmbedding.on_meta(
+            entry.out_features, entry.in_features, entry.scheme, module.weight.dtype
+        )
+        empty.padding_idx = module.padding_idx
+        return empty
     bias = None if entry.bias is None else dtype_named(entry.bias)
     return QuantLinear.on_meta(entry.in_features, entry.out_features, entry.scheme, bias)
 
 
-def slots(model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, Slot]:
+def slots(model: nn.Module, layers: Mapping[str, Quantized]) -> dict[str, Slot]:
     """The slots of the model as it will be with these layers in it."""
     replaced = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
     found: dict[str, Slot] = {}
@@ -76,7 +92,8 @@ def slots(model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, Slot
         if layer is not None:
             prefixes += (f"{name}.",)
             for key, tensor in layer.state_dict(prefix=f"{name}.").items():
-                found[key] = Slot(tensor.dtype, tuple(tensor.shape), exact=True)
+                exact = key != f"{name}.like"  # only says the dtype of an embedding's output
+                found[key] = Slot(tensor.dtype, tuple(tensor.shape), exact)
     for key, tensor in model.state_dict().items():
         if not key.startswith(prefixes):
             found[key] = Slot(tensor.dtype, tuple(tensor.shape), not tensor.is_floating_point())

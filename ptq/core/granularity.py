@@ -63,7 +63,8 @@ class Granularity:
     def split(self, x: Tensor) -> Tensor:
         """View [R, C] as [scale rows, scale columns, elements that share the scale]."""
         rows, columns = self.scale_shape((x.shape[0], x.shape[1]))
-        return x.reshape(rows, columns, -1)
+        shared = x.numel() if self.kind == "tensor" else x.shape[1] // columns
+        return x.reshape(rows, columns, shared)  # not -1, which no rows would make ambiguous
 
 
 def group_sizes(columns: int) -> list[int]:

@@ -39,6 +39,8 @@ class LayerInfo:
         parameters: elements that it owns; those it shares with an earlier module do not count.
         tensors: the parameters and persistent buffers that it owns.
         is_head: the model's output embedding.
+        is_embedding: a plain ``nn.Embedding``: the model's token embedding, or any one of a
+            model that does not say which that is.
         tied_to: name of the module that owns its weight, if another one does.
         obstacle: why it cannot be quantized (None for a replaceable linear layer).
     """
@@ -49,6 +51,7 @@ class LayerInfo:
     parameters: int
     tensors: tuple[TensorInfo, ...]
     is_head: bool
+    is_embedding: bool
     tied_to: str | None
     obstacle: str | None
 
@@ -60,7 +63,7 @@ class LayerInfo:
 
 def read_layers(model: nn.Module) -> list[LayerInfo]:
     """Every module that owns tensors, in order; works on the meta device."""
-    head = _output_head(model)
+    head, embedding = _end(model, "get_output_embeddings"), _end(model, "get_input_embeddings")
     owners: dict[int, str] = {}
     infos = []
     for name, module in model.named_modules():
@@ -72,7 +75,8 @@ def read_layers(model: nn.Module) -> list[LayerInfo]:
         }
         if tensors:
             kept = {n: _float32_in(model, f"{name}.{n}") for n in tensors}
-            infos.append(_info(name, module, tensors, kept, owners, module is head))
+            ends = (module is head, _is_embedding(module, embedding))
+            infos.append(_info(name, module, tensors, kept, owners, *ends))
         for tensor in tensors.values():
             owners.setdefault(id(tensor), name)
     return _both_ends(infos)
@@ -85,6 +89,7 @@ def _info(
     kept: dict[str, tuple[torch.dtype, ...]],
     owners: dict[int, str],
     is_head: bool,
+    is_embedding: bool,
 ) -> LayerInfo:
     weight = tensors.get("weight")
     own = {n: t for n, t in tensors.items() if id(t) not in owners}
@@ -98,6 +103,7 @@ def _info(
             for n, t in own.items()
         ),
         is_head=is_head,
+        is_embedding=is_embedding,
         tied_to=None if weight is None else owners.get(id(weight)),
         obstacle=_obstacle(module),
     )
@@ -128,10 +134,23 @@ def _obstacle(module: nn.Module) -> str | None:
     return f"{type(module).__name__} is not a linear layer"
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return head if isinstance(head, nn.Module) else None
+def _is_embedding(module: nn.Module, embedding: nn.Module | None) -> bool:
+    return (
+        type(module) is nn.Embedding
+        and module.max_norm is None  # renormalizes its rows as they are looked up
+        and "forward" not in vars(module)
+        and (embedding is None or module is embedding)
+    )
+
+
+def _end(model: nn.Module, name: str) -> nn.Module | None:
+    """The token embedding or the output head, where the model says which that is."""
+    getter = getattr(model, name, None)
+    try:
+        module = getter() if callable(getter) else None
+    except NotImplementedError:  # transformers' models of images and sound
+        return None
+    return module if isinstance(module, nn.Module) else None
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -1,6 +1,16 @@
 """Modules that hold quantized weights."""
 
+from ptq.modules.quant_embedding import QuantEmbedding
 from ptq.modules.quant_linear import QuantLinear
-from ptq.modules.sharing import quantized_layers, share_inputs
+from ptq.modules.sharing import quantized_layers, quantized_modules, share_inputs
+from ptq.modules.tying import tie, tie_shared
 
-__all__ = ["QuantLinear", "quantized_layers", "share_inputs"]
+__all__ = [
+    "QuantEmbedding",
+    "QuantLinear",
+    "quantized_layers",
+    "quantized_modules",
+    "share_inputs",
+    "tie",
+    "tie_shared",
+]

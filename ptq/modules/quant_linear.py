@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ptq.config import Scheme
-from ptq.core import QuantizedWeight, packed_width
+from ptq.core import QuantizedWeight
 from ptq.kernels import Activation, Kernel, LinearSpec, quantize_activation, select
+from ptq.modules.buffers import empty_weight, held_weight, kept_scales, register, share
 from ptq.modules.shared_input import SharedInput
-
-BUFFERS = ("codes", "scale", "zero_point", "input_scale", "input_zero_point")
 
 
 class QuantLinear(nn.Module):
@@ -38,17 +37,10 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.scheme = scheme
-        values = (
-            weight.packed,
-            weight.scale,
-            weight.zero_point,
-            weight.input_scale,
-            weight.input_zero_point,
-        )
-        for name, value in zip(BUFFERS, values, strict=True):
-            self.register_buffer(name, value)
+        register(self, weight)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.shared_input: SharedInput | None = None
+        self.tied_to: tuple[nn.Module, ...] = ()  # a tuple: the owner is no submodule
         self._prepared: dict[tuple[str, torch.dtype], Any] = {}
         self._choice: dict[tuple[str, torch.dtype, int], Kernel] = {}
         self.tuned: dict[tuple[str, torch.dtype], tuple[tuple[int, Kernel], ...]] = {}
@@ -62,45 +54,14 @@ class QuantLinear(nn.Module):
         Args:
             bias: dtype of the bias, or None for no bias.
         """
-        shape = (out_features, in_features)
-        fmt, gran = scheme.weights.int_format, scheme.weights.granularity_value
-        scale_shape = gran.scale_shape(shape)
-        width = packed_width(in_features, fmt.bits)
-        static = scheme.activations is not None and scheme.activations.mode == "static"
-
-        def empty(size: tuple[int, ...], dtype: torch.dtype, wanted: bool = True) -> Any:
-            return torch.empty(size, dtype=dtype, device="meta") if wanted else None
-
-        weight = QuantizedWeight(
-            empty((out_features, width), torch.int8 if fmt.bits == 8 else torch.uint8),
-            empty(scale_shape, scheme.weights.torch_scale_dtype),
-            empty(scale_shape, torch.int8, not scheme.weights.symmetric),
-            fmt,
-            gran,
-            shape,
-            empty((), torch.float32, static),
-            empty(
-                (),
-                torch.int32,
-                static and scheme.activations is not None and not scheme.activations.symmetric,
-            ),
-        )
-        return cls(weight, scheme, None if bias is None else empty((out_features,), bias))
+        weight = empty_weight(out_features, in_features, scheme)
+        empty = None if bias is None else torch.empty(out_features, dtype=bias, device="meta")
+        return cls(weight, scheme, empty)
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
         """The buffers as a value; nothing is copied."""
-        weights = self.scheme.weights
-        return QuantizedWeight(
-            self.codes,
-            self.scale,
-            self.zero_point,
-            weights.int_format,
-            weights.granularity_value,
-            (self.out_features, self.in_features),
-            self.input_scale,
-            self.input_zero_point,
-        )
+        return held_weight(self, self.scheme, (self.out_features, self.in_features))
 
     @property
     def weight(self) -> Tensor:
@@ -176,12 +137,10 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
         """``.to()``, ``.half()``, ``.cuda()``: scales follow the device but keep their dtype."""
-        before = {name: getattr(self, name) for name in ("scale", "input_scale")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = getattr(self, name)
-            if old is not None and new.dtype != old.dtype:
-                setattr(self, name, old.to(new.device))
+        with kept_scales(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.tied_to:
+            share(self.tied_to[0], self)
         self.release()
         return self
 

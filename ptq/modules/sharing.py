@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from ptq.errors import UnsupportedError
+from ptq.modules.quant_embedding import QuantEmbedding
 from ptq.modules.quant_linear import QuantLinear
 from ptq.modules.shared_input import SharedInput
 
@@ -20,6 +21,12 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
     if not layers:
         raise UnsupportedError("the model has no quantized layer; ptq.quantize(model, ...) first")
     return layers
+
+
+def quantized_modules(model: nn.Module) -> dict[str, QuantLinear | QuantEmbedding]:
+    """The quantized layers and embeddings, by name; there may be none."""
+    kinds = QuantLinear | QuantEmbedding
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
 
 
 def share_inputs(model: nn.Module) -> None:
