@@ -8,18 +8,23 @@ from pydantic import ValidationError
 from ptq.config import Plugin
 from ptq.errors import ConfigError
 from ptq.observers.base import Observer
+from ptq.observers.entropy import Entropy
 from ptq.observers.minmax import MinMax
 from ptq.observers.moving_average import MovingAverage
+from ptq.observers.mse import MSE
 from ptq.observers.percentile import Percentile
+from ptq.observers.second_moment import Moments, SecondMoment
 
 OBSERVERS: dict[str, type[Observer]] = {
     "minmax": MinMax,
     "moving_average": MovingAverage,
     "percentile": Percentile,
+    "mse": MSE,
+    "entropy": Entropy,
 }
 """By the name in the configuration."""
 
-__all__ = ["OBSERVERS", "Observer", "make_observer"]
+__all__ = ["OBSERVERS", "Moments", "Observer", "SecondMoment", "make_observer"]
 
 
 def make_observer(plugin: Plugin, channels: int | None = None) -> Observer:
