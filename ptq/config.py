@@ -220,6 +220,10 @@ def _plugin_from_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _list_from_one(value: Any) -> Any:
+    return [value] if isinstance(value, str | dict) else value
+
+
 class ModelConfig(Section):
     """Where the float model comes from and how it is held."""
 
@@ -253,7 +257,7 @@ class CalibrationConfig(Section):
     )
     observer: Annotated[Plugin, BeforeValidator(_plugin_from_name)] = Field(
         default_factory=lambda: Plugin(name="minmax"),
-        description="minmax, moving_average or percentile",
+        description="minmax, moving_average, percentile, mse or entropy",
     )
 
 
@@ -309,6 +313,14 @@ class QuantizationConfig(Section):
         None,
         description="weight-only scheme of the token embedding, such as w8a16, or float; "
         "an output head tied to it shares it",
+    )
+    recipe: Annotated[
+        list[Annotated[Plugin, BeforeValidator(_plugin_from_name)]], BeforeValidator(_list_from_one)
+    ] = Field(
+        default_factory=lambda: [Plugin(name="rtn")],
+        description="steps, in order: transforms (smoothquant, awq), one algorithm (rtn, gptq, "
+        "gptaq, hqq), refinements (learned_rounding); each a name, or name and options; or auto: "
+        "what measured best for the scheme",
     )
     tied_embeddings: Literal["keep", "untie"] = Field(
         "keep",

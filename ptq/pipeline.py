@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptq import checkpoint
+from ptq.blockwise import Blockwise, quantize_plainly
 from ptq.calibrate import (
     LayerStatistics,
     TokenSet,
@@ -24,6 +26,7 @@ from ptq.config import (
     GenerationConfig,
     ModelConfig,
     OutputConfig,
+    Plugin,
     QuantizationConfig,
     Scheme,
     as_config,
@@ -52,22 +55,34 @@ from ptq.model import (
     resolve_device,
     skeleton,
 )
+from ptq.modules import share_inputs
 from ptq.observers import make_observer
 from ptq.planning import Plan, plan
+from ptq.recipe import Recipe, make_recipe
 from ptq.report import Console, Report, environment, explain
 from ptq.report.report import peak_memory_bytes
 from ptq.swap import quantize_embeddings, quantize_layers
 
+_REMEDIES_SHOWN = 5  # the report has all
+
 
 @dataclass(frozen=True)
 class QuantizationResult:
-    """What :func:`quantize` did; prints as the plan that it carried out."""
+    """What :func:`quantize` did; prints as the plan that it carried out.
+
+    Args:
+        notes: what each step of the recipe did.
+        remedies: where a step could not do what it should, and what was done instead.
+    """
 
     model: nn.Module
     plan: Plan
     config: QuantizationConfig
     statistics: dict[str, LayerStatistics]
     seconds: float
+    recipe: str = "rtn"
+    notes: tuple[str, ...] = ()
+    remedies: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.plan}\nDone in {self.seconds:.1f} s."
@@ -91,47 +106,105 @@ def quantize(
     Args:
         model: any ``nn.Module`` with ``nn.Linear`` layers, float, on any device.
         scheme: a preset such as ``"w4a16-g64"``, a mapping as in YAML, or a configuration.
-        calibration: batches for static activations: tensors, tuples, or mappings of keyword
-            arguments; without it, the configuration's calibration section is used, which needs
-            ``tokenizer``.
+        calibration: batches for static activations and for recipes that look at data: tensors,
+            tuples, or mappings of keyword arguments; without it, the configuration's calibration
+            section is used, which needs ``tokenizer``.
         console: where progress goes (default: bars on standard error).
 
     Raises:
         ConfigError, UnsupportedError: the request does not fit the model; nothing was changed.
-        CalibrationError: static activations without data, or data that cannot be used.
+        CalibrationError: data is needed and there is none, or it cannot be used.
         ModelError: NaN or Inf in a weight; nothing was changed.
     """
     start = time.perf_counter()
     console = console or Console()
     config = as_config(scheme)
     made = plan(model, config)
-    if made.static_layers and calibration is None:
-        tokens = _calibration_tokens(config, tokenizer)
-        calibration = batches(tokens, _section(config).batch_size, _pad_id(tokenizer))
+    recipe = make_recipe(config.recipe)
+    if _needs_data(made, recipe) and calibration is None:
+        tokens = _calibration_tokens(config, recipe, tokenizer)
+        calibration = _calibration_batches(config, recipe, tokens, tokenizer)
     check_finite(model)
-    statistics = _calibrate(model, made, config, calibration, console)
-    console.stage_name = "quantize"
-    quantize_layers(model, made.schemes, statistics, console.bar("layer"))
+    statistics: dict[str, LayerStatistics] = {}
+    work = None
+    if recipe.plain:
+        statistics = _calibrate(model, made, config, calibration, console)
+        console.stage_name = "quantize"
+        quantize = partial(quantize_plainly, recipe)
+        quantize_layers(model, made.schemes, statistics, quantize, console.bar("layer"))
+    else:
+        assert calibration is not None
+        console.stage_name = f"quantize ({recipe})"
+        work = _quantize_blockwise(model, made, recipe, config, calibration, console)
     quantize_embeddings(model, made.embeddings, made.sharing)
-    return QuantizationResult(model, made, config, statistics, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return QuantizationResult(
+        model,
+        made,
+        config,
+        statistics,
+        seconds,
+        str(recipe),
+        () if work is None else tuple(work.notes),
+        () if work is None else tuple(work.remedies),
+    )
 
 
-def _section(config: QuantizationConfig) -> CalibrationConfig:
+def _needs_data(made: Plan, recipe: Recipe) -> bool:
+    return bool(made.static_layers) or (not recipe.plain and bool(made.schemes))
+
+
+def _quantize_blockwise(
+    model: nn.Module,
+    made: Plan,
+    recipe: Recipe,
+    config: QuantizationConfig,
+    calibration: Iterable[Any],
+    console: Console,
+) -> Blockwise:
+    """Carry out a recipe that looks at data."""
+    observer = _observer(config)
+    seed = 0 if config.calibration is None else config.calibration.seed
+    work = Blockwise(model, made.schemes, recipe, observer, seed)
+    work.run(calibration, console.bar("block"))
+    share_inputs(model)
+    return work
+
+
+def _section(config: QuantizationConfig, recipe: Recipe) -> CalibrationConfig:
     """The calibration section, for what needs one.
 
     Raises:
         CalibrationError: there is none.
     """
     if config.calibration is None:
+        what = f"scheme {config.scheme} has static activations, which need"
+        if not recipe.plain:
+            what = f"recipe [{recipe}] needs"
         raise CalibrationError(
-            f"scheme {config.scheme} has static activations, which need calibration data: "
+            f"{what} calibration data: "
             "add a section 'calibration:' with 'data: FILE', or pass calibration=batches"
         )
     return config.calibration
 
 
-def _calibration_tokens(config: QuantizationConfig, tokenizer: Any) -> TokenSet:
-    section = _section(config)
+def _observer(config: QuantizationConfig) -> Plugin:
+    section = config.calibration
+    return CalibrationConfig(data=["-"]).observer if section is None else section.observer
+
+
+def _calibration_batches(
+    config: QuantizationConfig, recipe: Recipe, tokens: TokenSet, tokenizer: Any
+) -> Iterable[Any]:
+    """Batches of the tokens; one sequence at a time, without padding, for what goes blockwise, so
+    that its result does not depend on the batch size."""
+    if recipe.plain:
+        return batches(tokens, _section(config, recipe).batch_size, _pad_id(tokenizer))
+    return batches(tokens, 1, _pad_id(tokenizer))
+
+
+def _calibration_tokens(config: QuantizationConfig, recipe: Recipe, tokenizer: Any) -> TokenSet:
+    section = _section(config, recipe)
     if tokenizer is None:
         raise CalibrationError("calibration text needs a tokenizer: pass tokenizer=...")
     return calibration_tokens(section, tokenizer)
@@ -152,10 +225,8 @@ def _calibrate(
     if not made.static_layers or data is None:
         return {}
     console.stage_name = "calibrate"
-    observer = CalibrationConfig(data=["-"]).observer
-    if config.calibration is not None:
-        observer = config.calibration.observer
-    return collect(model, made.static_layers, data, observer, progress=console.bar("batch"))
+    bar = console.bar("batch")
+    return collect(model, made.static_layers, data, _observer(config), progress=bar)
 
 
 def run(
@@ -204,6 +275,7 @@ class _Job:
     start: float = field(default_factory=time.perf_counter, init=False)
     source: ModelSource = field(init=False)
     model_config: PretrainedConfig = field(init=False)
+    recipe: Recipe = field(init=False)
     plan: Plan = field(init=False)
     tokenizer: Any = field(default=None, init=False)
     calibration: TokenSet | None = field(default=None, init=False)
@@ -241,6 +313,7 @@ class _Job:
         self.source = ModelSource.resolve(self.model_section)
         self.model_config = load_model_config(self.source)
         empty = skeleton(self.model_config, trust_remote_code=self.model_section.trust_remote_code)
+        self.recipe = make_recipe(self.config.recipe)
         self.plan = plan(empty, self.config, dtype=self._dtype())
         self._check_model(empty)
         self.report.sections["plan"] = self.plan.to_dict()
@@ -248,15 +321,22 @@ class _Job:
 
     def _check_model(self, empty: nn.Module) -> None:
         """Whether a model of this kind can do what the sections ask."""
-        if self.plan.static_layers:
-            make_observer(_section(self.config).observer)
+        if self._calibrates:
+            make_observer(_section(self.config, self.recipe).observer)
             require_token_ids(empty)
         elif self.config.calibration is not None:
-            self.note("the calibration section is not used: no layer has static activations")
+            self.note(
+                "the calibration section is not used: no layer has static activations, "
+                f"and the recipe [{self.recipe}] needs no data"
+            )
         if self.config.evaluation is not None:
             require_causal(empty)
         if self.config.generation is not None:
             require_generation(empty)
+
+    @property
+    def _calibrates(self) -> bool:
+        return _needs_data(self.plan, self.recipe)
 
     def _dtype(self) -> torch.dtype:
         """dtype of what stays float: the output section's, else the loaded model's."""
@@ -279,10 +359,10 @@ class _Job:
         self.tokenizer = load_tokenizer(self.source)
         if self.tokenizer is None:
             self.note("the model comes without a tokenizer: none is saved")
-            if self.plan.static_layers or self.config.evaluation:
+            if self._calibrates or self.config.evaluation:
                 raise ModelError(f"model {self.source} has no tokenizer, which its text needs")
-        if self.plan.static_layers:
-            self.calibration = _calibration_tokens(self.config, self.tokenizer)
+        if self._calibrates:
+            self.calibration = _calibration_tokens(self.config, self.recipe, self.tokenizer)
             check_tokens(self.model_config, self.calibration.sequences, "calibration text")
         if self.config.evaluation is not None:
             self.evaluation = evaluation_windows(self.config.evaluation, self.tokenizer)
@@ -331,10 +411,19 @@ class _Job:
         self.console.stage("quantize")
         data = None
         if self.calibration is not None:
-            size = _section(self.config).batch_size
-            data = batches(self.calibration, size, _pad_id(self.tokenizer))
+            data = _calibration_batches(self.config, self.recipe, self.calibration, self.tokenizer)
         result = quantize(model, self.config, calibration=data, console=self.console)
         cast_parameters(model, self._dtype())
+        self.report.sections["recipe"] = {
+            "steps": list(self.recipe.names),
+            "seconds": result.seconds,
+            "notes": list(result.notes),
+            "remedies": list(result.remedies),
+        }
+        for remedy in result.remedies[:_REMEDIES_SHOWN]:
+            self.note(remedy)
+        if len(result.remedies) > _REMEDIES_SHOWN:
+            self.note(f"{len(result.remedies) - _REMEDIES_SHOWN} more remedies are in report.json")
         self.console.say(f"{len(self.plan.quantized)} layers in {result.seconds:.1f} s")
 
     def save(self, model: nn.Module) -> None:

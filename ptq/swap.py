@@ -4,18 +4,20 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptq.algorithms import ALGORITHMS, round_to_nearest, with_static_input
+from ptq.algorithms import round_to_nearest, with_static_input
 from ptq.calibrate import LayerStatistics
-from ptq.config import Scheme
+from ptq.config import Scheme, WeightScheme
+from ptq.core import QuantizedWeight
 from ptq.errors import CalibrationError, PTQError, UnsupportedError
 from ptq.model import read_layers, replace_module
 from ptq.modules import QuantEmbedding, QuantLinear, quantized_modules, share_inputs, tie
 
 M = TypeVar("M", bound=nn.Module)
 Progress = Callable[[Iterable[str]], Iterable[str]]
+Quantize = Callable[[Tensor, WeightScheme], QuantizedWeight]
 
 _HOOKS = (
     "_forward_hooks",
@@ -30,18 +32,23 @@ def quantize_layers(
     model: nn.Module,
     schemes: Mapping[str, Scheme],
     statistics: Mapping[str, LayerStatistics],
+    quantize: Quantize,
     progress: Progress = iter,
 ) -> None:
     """Replace the named ``nn.Linear`` layers by :class:`QuantLinear`, in place, one at a time.
 
     A layer's float weight is freed as soon as its codes exist; its forward hooks stay.
 
+    Args:
+        quantize: makes the codes of a weight [N, K].
+
     Raises:
         CalibrationError: a static scheme has no statistics.
     """
     tied = {i.name for i in read_layers(model) if i.tied_to is not None}
     for name in progress(schemes):
-        replace_module(model, name, _quantized(model, name, schemes[name], statistics))
+        weight = _quantized(model, name, schemes[name], statistics, quantize)
+        place(model, name, weight, schemes[name])
         if name in tied:
             _untie(model)
     share_inputs(model)
@@ -74,6 +81,14 @@ def quantize_embeddings(
         replace_module(model, name, _in_place_of(old, new))
 
 
+def place(model: nn.Module, name: str, weight: QuantizedWeight, scheme: Scheme) -> None:
+    """Put a :class:`QuantLinear` with this weight in place of the float layer called ``name``."""
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    bias = None if linear.bias is None else linear.bias.detach()
+    replace_module(model, name, _in_place_of(linear, QuantLinear(weight, scheme, bias)))
+
+
 def _in_place_of(old: nn.Module, new: M) -> M:
     """The new module with the mode and the hooks of the old one."""
     for hooks in _HOOKS:
@@ -82,12 +97,16 @@ def _in_place_of(old: nn.Module, new: M) -> M:
 
 
 def _quantized(
-    model: nn.Module, name: str, scheme: Scheme, statistics: Mapping[str, LayerStatistics]
-) -> QuantLinear:
+    model: nn.Module,
+    name: str,
+    scheme: Scheme,
+    statistics: Mapping[str, LayerStatistics],
+    quantize: Quantize,
+) -> QuantizedWeight:
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     try:
-        weight = ALGORITHMS["rtn"](linear.weight, scheme.weights)
+        weight = quantize(linear.weight, scheme.weights)
     except PTQError as error:
         raise type(error)(f"layer {name}: {error}") from None
     if scheme.activations is not None and scheme.activations.mode == "static":
@@ -98,8 +117,7 @@ def _quantized(
         weight = with_static_input(
             weight, scheme.activations, seen.low.to(device), seen.high.to(device)
         )
-    bias = None if linear.bias is None else linear.bias.detach()
-    return _in_place_of(linear, QuantLinear(weight, scheme, bias))
+    return weight
 
 
 def _untie(model: nn.Module) -> None:

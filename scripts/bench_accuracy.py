@@ -1,8 +1,11 @@
 #!/usr/bin/env python
-"""Compare schemes on one model and one text: perplexity ratio, divergence, agreement, size.
+"""Compare schemes and recipes on one model and one text: perplexity ratio, divergence, time, size.
 
 The float model runs once and its logits wait on disk (TMPDIR; about 100 MB a window of 512 tokens
-for a vocabulary of 49,152); then each scheme quantizes a fresh copy. Prints a Markdown table.
+for a vocabulary of 49,152); then each scheme with each recipe, and each configuration file,
+quantizes a fresh copy. Of a file only the scheme, the rules and the recipe count: model and texts are this
+command's, the same for all.
+Prints a Markdown table; with --json, rows that are measured later are added to the file.
 """
 
 import argparse
@@ -10,12 +13,15 @@ import copy
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import yaml
 from arguments import model_parser
 
 from ptq.command import output_file, positive, run_command
-from ptq.report import Console, environment
+from ptq.config import load_config
+from ptq.report import Console, environment, peak_memory_bytes
 
 SCHEMES = ("w8a16", "w8a8", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64")
 
@@ -27,7 +33,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--samples", type=positive, default=64, help="calibration samples (default: 64)"
     )
-    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--schemes", nargs="*", default=SCHEMES)
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        type=recipe,
+        default=[["rtn"]],
+        metavar="YAML",
+        help="as in a configuration: rtn, auto, '[gptq, learned_rounding]' (default: rtn)",
+    )
+    parser.add_argument(
+        "--configs", nargs="+", default=[], metavar="FILE", help="configuration files to add"
+    )
     parser.add_argument("--windows", type=positive, default=16)
     parser.add_argument("--context", type=positive, default=512)
     parser.add_argument(
@@ -35,6 +52,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here")
     return parser.parse_args(arguments)
+
+
+def recipe(text: str) -> Any:
+    """A recipe in YAML."""
+    return yaml.safe_load(text)
+
+
+def candidates(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+    """A name and the configuration of each row."""
+    made: list[tuple[str, dict[str, Any]]] = [
+        (scheme, {"scheme": scheme, "recipe": steps})
+        for scheme in options.schemes
+        for steps in options.recipes
+    ]
+    for file in options.configs:
+        config = load_config(file).model_dump(mode="json", include={"scheme", "rules", "recipe"})
+        made.append((Path(file).name, config))
+    for _, config in made:
+        if options.calibration:
+            config["calibration"] = {
+                "data": options.calibration,
+                "samples": options.samples,
+                "sequence_length": options.context,
+            }
+    return made
 
 
 def bench(options: argparse.Namespace, console: Console) -> None:
@@ -51,38 +93,45 @@ def bench(options: argparse.Namespace, console: Console) -> None:
     with ReferenceLogits() as reference:
         console.stage("float model")
         reference.record(model, tokens.sequences, console.bar("window"))
-        for scheme in options.schemes:
-            console.stage(scheme)
-            config: dict[str, Any] = {"scheme": scheme}
-            if options.calibration:
-                config["calibration"] = {
-                    "data": options.calibration,
-                    "samples": options.samples,
-                    "sequence_length": options.context,
-                }
+        for name, config in candidates(options):
+            console.stage(f"{name} {config['recipe']}")
             candidate = copy.deepcopy(model)
             start = time.perf_counter()
             result = ptq.quantize(candidate, config, tokenizer=tokenizer, console=console)
             seconds = time.perf_counter() - start
             found = compare(candidate, tokens, reference, progress=console.bar("window"))
-            size = ptq.plan(model, scheme).bytes_after
-            rows.append({"scheme": str(result.config.scheme), "seconds": seconds,
-                         "tensor_bytes": size, **found.to_dict()})  # fmt: skip
+            rows.append({
+                "name": name, "scheme": str(result.config.scheme), "recipe": result.recipe,
+                "seconds": seconds, "tensor_bytes": result.plan.bytes_after,
+                "peak_memory_bytes": peak_memory_bytes(), "config": config,
+                "environment": environment(), **found.to_dict(),
+            })  # fmt: skip
             console.say(found)
+            if options.json:
+                keep(options.json, options.model, rows[-1])
     console.say("\n" + table(rows))
-    if options.json:
-        document = {"model": options.model, "environment": environment(), "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def keep(path: Path, model: str, row: dict[str, Any]) -> None:
+    """Add a row to the file; one of the same scheme, recipe and texts is replaced."""
+    document: dict[str, Any] = {"model": model, "rows": []}
+    if path.exists():
+        document = json.loads(path.read_text(encoding="utf-8"))
+    same = ("name", "config", "protocol")
+    rows = [r for r in document["rows"] if any(r[key] != row[key] for key in same)]
+    document["rows"] = [*rows, json.loads(json.dumps(row))]
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| scheme | perplexity ratio [95%] | KL mean | top-1 agreement |",
-        "|---|---|---|---|",
+        "| scheme | recipe | perplexity ratio [95%] | KL mean | top-1 agreement | seconds |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['scheme']} | {r['ratio']:.4f} [{r['ratio_low']:.4f}, {r['ratio_high']:.4f}] "
-        f"| {r['kl_mean']:.4f} | {100 * r['top1_agreement']:.1f}% |"
+        f"| {r['scheme']} | {r['recipe']} "
+        f"| {r['ratio']:.4f} [{r['ratio_low']:.4f}, {r['ratio_high']:.4f}] | {r['kl_mean']:.4f} "
+        f"| {100 * r['top1_agreement']:.1f}% | {r['seconds']:.0f} |"
         for r in rows
     ]
     protocol = rows[0]["protocol"]

@@ -13,15 +13,17 @@ PACKAGE = Path(ptq.__file__).parent
 RANKS = {
     "errors": 0, "formats": 0, "core": 1,
     "config": 2,
-    "kernels": 3, "observers": 3, "model": 3,
-    "modules": 4,
-    "calibrate": 5, "transforms": 5, "algorithms": 5,
-    "swap": 6, "planning": 6,
-    "checkpoint": 7, "evaluation": 7, "compilation": 7,
-    "report": 8,
-    "tuning_cache": 9,
-    "pipeline": 10, "tuning": 10,
-    "command": 11,
+    "plugins": 3, "kernels": 4, "observers": 4, "model": 4,
+    "modules": 5,
+    "calibrate": 6, "algorithms": 6,
+    "transforms": 7, "refine": 7, "swap": 7, "planning": 7,
+    "recipe": 8,
+    "blockwise": 9,
+    "checkpoint": 10, "evaluation": 10, "compilation": 10,
+    "report": 11,
+    "tuning_cache": 12,
+    "pipeline": 13, "tuning": 13,
+    "command": 14,
 }  # fmt: skip
 HEAVY = ("datasets", "matplotlib", "transformers", "pandas")
 

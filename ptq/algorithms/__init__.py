@@ -1,16 +1,26 @@
 """Algorithms: a float weight, and what calibration saw of its input, to a QuantizedWeight."""
 
-from collections.abc import Callable
-
-from torch import Tensor
-
+from ptq.algorithms.base import Algorithm, InputMoments, NoOptions, Outcome
+from ptq.algorithms.gptq import GptaqOptions, GptqOptions, gptq
+from ptq.algorithms.hqq import HqqOptions, hqq
 from ptq.algorithms.inputs import with_static_input
-from ptq.algorithms.rtn import round_to_nearest
-from ptq.config import WeightScheme
-from ptq.core import QuantizedWeight
+from ptq.algorithms.rtn import RtnOptions, round_to_nearest, rtn
 
-ALGORITHMS: dict[str, Callable[[Tensor, WeightScheme], QuantizedWeight]] = {
-    "rtn": round_to_nearest,
+ALGORITHMS: dict[str, Algorithm] = {
+    "rtn": Algorithm(rtn, RtnOptions),
+    "gptq": Algorithm(gptq, GptqOptions, needs_moments=True),
+    "gptaq": Algorithm(gptq, GptaqOptions, needs_moments=True, needs_cross=True),
+    "hqq": Algorithm(hqq, HqqOptions),
 }
+"""By the name in a recipe."""
 
-__all__ = ["ALGORITHMS", "round_to_nearest", "with_static_input"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "InputMoments",
+    "NoOptions",
+    "Outcome",
+    "round_to_nearest",
+    "rtn",
+    "with_static_input",
+]

@@ -35,13 +35,16 @@ def batches_of(data: Any) -> Iterable[Any]:
     return data
 
 
-def call(model: nn.Module, batch: Any, index: int) -> None:
+def call(model: nn.Module, batch: Any, index: int) -> Any:
     """Run the model on one batch, moved to the device of its parameters.
 
     Args:
         batch: a tensor (the one argument), a tuple or list (positional arguments), or a mapping
             (keyword arguments; a model with ``config.use_cache`` also gets ``use_cache=False``).
         index: its number, for the error.
+
+    Returns:
+        What the model returns.
 
     Raises:
         CalibrationError: the batch is something else.
@@ -51,16 +54,15 @@ def call(model: nn.Module, batch: Any, index: int) -> None:
         arguments = {key: _to(value, device) for key, value in batch.items()}
         if hasattr(getattr(model, "config", None), "use_cache"):
             arguments.setdefault("use_cache", False)
-        model(**arguments)
-    elif isinstance(batch, tuple | list):
-        model(*[_to(value, device) for value in batch])
-    elif isinstance(batch, Tensor):
-        model(batch.to(device))
-    else:
-        raise CalibrationError(
-            f"calibration batch {index} is a {type(batch).__name__}; expected a tensor, a tuple "
-            "of positional arguments or a mapping of keyword arguments"
-        )
+        return model(**arguments)
+    if isinstance(batch, tuple | list):
+        return model(*[_to(value, device) for value in batch])
+    if isinstance(batch, Tensor):
+        return model(batch.to(device))
+    raise CalibrationError(
+        f"calibration batch {index} is a {type(batch).__name__}; expected a tensor, a tuple "
+        "of positional arguments or a mapping of keyword arguments"
+    )
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -1,5 +1,6 @@
 """Finding, loading and reading models; nothing here quantizes."""
 
+from ptq.model.blocks import block_lists
 from ptq.model.layers import (
     LayerInfo,
     cast_parameters,
@@ -17,6 +18,7 @@ from ptq.model.tokenizer import load_tokenizer
 __all__ = [
     "LayerInfo",
     "ModelSource",
+    "block_lists",
     "cast_parameters",
     "check_finite",
     "check_tokens",

@@ -2,7 +2,7 @@
 
 from ptq.report.console import Console
 from ptq.report.explain import Explanation, explain
-from ptq.report.report import Report, environment
+from ptq.report.report import Report, environment, peak_memory_bytes
 from ptq.report.tuning import Times, TunedLayers, Tuning
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "Tuning",
     "environment",
     "explain",
+    "peak_memory_bytes",
 ]

@@ -1,0 +1,106 @@
+"""Choosing the scale of each part of a weight by the error that it leaves, not by its range."""
+
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ptq.config import WeightScheme
+from ptq.core import QParams, choose_qparams
+
+_AT_ONCE = 1 << 22  # weights that are held in float32 at a time
+
+
+class ClipOptions(BaseModel):
+    """Whether ranges are clipped, and how finely that is searched."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    clip: bool = False
+    grid: Annotated[int, Field(ge=1, le=200)] = 20  # clipped ranges that are tried
+    smallest: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the range, the narrowest one
+
+
+def range_qparams(weight: Tensor, scheme: WeightScheme) -> QParams:
+    """Scale and zero point of a weight [N, K] by the extremes of each part that shares them."""
+    low, high = torch.aminmax(scheme.granularity_value.split(weight), dim=-1)
+    return _qparams(low, high, scheme)
+
+
+def search_qparams(
+    weight: Tensor, scheme: WeightScheme, importance: Tensor | None, options: ClipOptions
+) -> QParams:
+    """Scale and zero point of each part with the least squared error among clipped ranges.
+
+    The whole range is one of them, so the error is never more than round-to-nearest's. With a
+    signed scale both signs are tried.
+
+    Args:
+        weight: [N, K].
+        importance: [K], what the squared error of each column counts (None: all the same), such
+            as the mean square of the input.
+
+    Returns:
+        shaped ``granularity.scale_shape``.
+    """
+    whole = scheme.granularity == "tensor"
+    step = weight.shape[0] if whole else max(1, _AT_ONCE // weight.shape[1])
+    parts = [_search_rows(rows, scheme, importance, options) for rows in torch.split(weight, step)]
+    scales, zero_points = zip(*((p.scale, p.zero_point) for p in parts), strict=True)
+    return QParams(torch.cat(scales), None if scheme.symmetric else torch.cat(zero_points))
+
+
+def _search_rows(
+    rows: Tensor, scheme: WeightScheme, importance: Tensor | None, options: ClipOptions
+) -> QParams:
+    parts = scheme.granularity_value.split(rows.float())
+    factor = None
+    if importance is not None:
+        factor = scheme.granularity_value.split(importance.float().expand_as(rows))
+    low, high = torch.aminmax(parts, dim=-1)
+    best = _qparams(low, high, scheme)
+    least = _error(parts, best, scheme, factor)
+    shrinks = torch.linspace(1, options.smallest, options.grid + 1).tolist() if options.clip else []
+    for shrink in shrinks:
+        for tried in _tried(low * shrink, high * shrink, scheme):
+            error = _error(parts, tried, scheme, factor)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = _where(better, tried, best)
+    return best
+
+
+def _tried(low: Tensor, high: Tensor, scheme: WeightScheme) -> list[QParams]:
+    if not scheme.signed_scale:
+        return [_qparams(low, high, scheme)]
+    # The sign follows the larger end: widen either one a little to have both.
+    most = torch.maximum(high, -low)
+    return [_qparams(-most, high, scheme), _qparams(low, most * (1 + 1e-6), scheme)]
+
+
+def _qparams(low: Tensor, high: Tensor, scheme: WeightScheme) -> QParams:
+    return choose_qparams(
+        low,
+        high,
+        scheme.int_format,
+        symmetric=scheme.symmetric,
+        signed_scale=scheme.signed_scale,
+        scale_dtype=scheme.torch_scale_dtype,
+        power_of_two=scheme.power_of_two_scale,
+    )
+
+
+def _error(parts: Tensor, qparams: QParams, scheme: WeightScheme, factor: Tensor | None) -> Tensor:
+    """Squared error of each part: [scale rows, scale columns]."""
+    fmt, scale = scheme.int_format, qparams.scale.float().unsqueeze(-1)
+    zero_point = 0 if qparams.zero_point is None else qparams.zero_point.float().unsqueeze(-1)
+    codes = (parts / scale).round_().add_(zero_point).clamp_(fmt.qmin, fmt.qmax)
+    error = codes.sub_(zero_point).mul_(scale).sub_(parts).square_()
+    return (error if factor is None else error.mul_(factor)).sum(-1)
+
+
+def _where(better: Tensor, ours: QParams, theirs: QParams) -> QParams:
+    zero_point = None
+    if ours.zero_point is not None and theirs.zero_point is not None:
+        zero_point = torch.where(better, ours.zero_point, theirs.zero_point)
+    return QParams(torch.where(better, ours.scale, theirs.scale), zero_point)

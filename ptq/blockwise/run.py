@@ -1,0 +1,240 @@
+"""Quantizing a model block by block, each block's inputs coming from the quantized ones before."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptq.algorithms import with_static_input
+from ptq.blockwise.seen import SampledInputs, SeenInputs
+from ptq.calibrate import (
+    BlockStream,
+    NotAChain,
+    Progress,
+    advance,
+    capture,
+    inputs_of,
+    inputs_of_model,
+)
+from ptq.config import Plugin, Scheme
+from ptq.core import QuantizedWeight
+from ptq.errors import CalibrationError, PTQError
+from ptq.model import block_lists, eval_mode
+from ptq.recipe import Recipe
+from ptq.refine import BlockJob, DistillJob, LayerState, quantized_inputs
+from ptq.swap import place
+from ptq.transforms import find_groups
+
+
+@dataclass
+class Blockwise:
+    """One run of a recipe over a model's blocks.
+
+    Args:
+        schemes: of the layers, by name in the model.
+        observer: for static input scales.
+        seed: for samples and for what refinements draw.
+
+    ``notes`` say what each step did; ``remedies`` where a step could not do what it should, and
+    what was done instead.
+    """
+
+    model: nn.Module
+    schemes: Mapping[str, Scheme]
+    recipe: Recipe
+    observer: Plugin
+    seed: int = 0
+    notes: list[str] = field(default_factory=list, init=False)
+    remedies: list[str] = field(default_factory=list, init=False)
+    done: set[str] = field(default_factory=set, init=False)
+    waiting: dict[str, LayerState] = field(default_factory=dict, init=False)
+
+    def run(self, data: Iterable[Any], progress: Progress = iter) -> None:
+        """Quantize every layer, in place. Layers outside the blocks, and blocks that do not just
+        follow each other, are calibrated on a run of the whole model, and noted.
+
+        Raises:
+            CalibrationError: no batch, NaN or Inf in an input, or a layer with static activations
+                that no batch reaches.
+        """
+        batches = list(data)
+        with eval_mode(self.model):
+            for names in block_lists(self.model):
+                if not any(self._inside(name) for name in names):
+                    continue
+                try:
+                    stream = capture(self.model, names, batches)
+                except NotAChain as reason:
+                    self.remedies.append(f"{names[0]} to {names[-1]} are no chain: {reason}")
+                    continue
+                self._run_list(stream, batches, progress)
+            rest = {name: s for name, s in self.schemes.items() if name not in self.done}
+            if rest:
+                self._run_rest(rest, batches)
+
+    def _inside(self, block: str) -> dict[str, Scheme]:
+        """The layers of a block, by their name within it."""
+        start = f"{block}."
+        return {
+            name.removeprefix(start): scheme
+            for name, scheme in self.schemes.items()
+            if name.startswith(start)
+        }
+
+    def _run_list(self, stream: BlockStream, batches: list[Any], progress: Progress) -> None:
+        exact = None
+        if self.recipe.needs_targets:
+            exact = BlockStream(stream.names, list(stream.hidden), stream.calls, stream.masks)
+        for position, name in enumerate(progress(stream.names)):
+            schemes = self._inside(name)
+            if schemes:
+                self._run_block(stream, exact, position, schemes)
+                continue
+            block = self.model.get_submodule(name)
+            for each in (stream, exact):
+                if each is not None:
+                    advance(each, position, block)
+        if exact is not None:
+            self._finish(exact, batches, progress)
+
+    def _finish(self, exact: BlockStream, batches: list[Any], progress: Progress) -> None:
+        """Tune the layers of all blocks together, then put them in place."""
+        for step, options in self.recipe.finishes:
+            job = DistillJob(self.model, self.waiting, batches, exact, self.seed)
+            self.notes += step.finish(job, options, progress)
+        self._place("", self.waiting)
+        self.waiting.clear()
+
+    def _run_block(
+        self,
+        stream: BlockStream,
+        exact: BlockStream | None,
+        position: int,
+        schemes: dict[str, Scheme],
+    ) -> None:
+        name = stream.names[position]
+        block = self.model.get_submodule(name)
+        linears = _linears(block, schemes)
+        self._transform(stream, position, block, schemes)
+        seen = self._new_seen(schemes)
+        if not seen.idle:
+            self._watch(seen, stream, exact, position, linears)
+        if exact is not None:
+            advance(exact, position, block)
+        layers = self._quantize(f"{name}.", linears, schemes, seen)
+        for state in layers.values():
+            state.show()
+        if self.recipe.refinements:
+            assert exact is not None
+            job = BlockJob(block, position, layers, stream, exact.hidden, self.seed + position)
+            for step, options in self.recipe.refinements:
+                self.notes += [f"{name}: {note}" for note in step.refine(job, options)]
+        with quantized_inputs(layers):
+            advance(stream, position, block)
+        if self.recipe.finishes:
+            self.waiting |= {f"{name}.{key}": state for key, state in layers.items()}
+        else:
+            self._place(f"{name}.", layers)
+
+    def _transform(
+        self, stream: BlockStream, position: int, block: nn.Module, schemes: dict[str, Scheme]
+    ) -> None:
+        if not self.recipe.transforms:
+            return
+        arguments, keywords = stream.calls[0][position].with_hidden(stream.hidden[0])
+        groups = find_groups(block, arguments, keywords)
+        for transform, options in self.recipe.transforms:
+            generator = torch.Generator().manual_seed(self.seed + position)
+            sampled = SampledInputs(len(stream.hidden), generator)
+            for rows in inputs_of(stream, position, block, _linears(block, schemes)):
+                sampled.update(rows)
+            samples, stats = sampled.finish()
+            notes = transform.apply(block, groups, samples, stats, schemes, options)
+            self.notes += [f"{stream.names[position]}: {note}" for note in notes]
+
+    def _new_seen(self, schemes: Mapping[str, Scheme]) -> SeenInputs:
+        algorithm = self.recipe.algorithm
+        return SeenInputs.of(
+            schemes, self.observer, moments=algorithm.needs_moments, cross=algorithm.needs_cross
+        )
+
+    def _watch(
+        self,
+        seen: SeenInputs,
+        stream: BlockStream,
+        exact: BlockStream | None,
+        position: int,
+        linears: Mapping[str, nn.Linear],
+    ) -> None:
+        block = self.model.get_submodule(stream.names[position])
+        beside = inputs_of(exact, position, block, linears) if seen.cross and exact else None
+        for rows in inputs_of(stream, position, block, linears):
+            seen.update(rows, None if beside is None else next(beside))
+
+    def _quantize(
+        self,
+        prefix: str,
+        linears: Mapping[str, nn.Linear],
+        schemes: Mapping[str, Scheme],
+        seen: SeenInputs,
+    ) -> dict[str, LayerState]:
+        """Codes for each layer, whose float weights are kept where a refinement needs them."""
+        moments = seen.finish()
+        layers = {}
+        for key, linear in linears.items():
+            name, weight = f"{prefix}{key}", linear.weight.detach()
+            try:
+                outcome = self.recipe.algorithm.quantize(
+                    weight, schemes[key].weights, moments.get(key), self.recipe.options
+                )
+                codes = _with_input(outcome.weight, key, schemes[key], seen)
+            except PTQError as error:
+                raise type(error)(f"layer {name}: {error}") from None
+            self.remedies += [f"{name}: {note}" for note in outcome.notes]
+            original = weight.clone() if self.recipe.refinements else weight
+            layers[key] = LayerState(linear, original, schemes[key], codes)
+        return layers
+
+    def _place(self, prefix: str, layers: Mapping[str, LayerState]) -> None:
+        for key, state in layers.items():
+            place(self.model, f"{prefix}{key}", state.weight, state.scheme)
+            self.done.add(f"{prefix}{key}")
+
+    def _run_rest(self, schemes: dict[str, Scheme], batches: list[Any]) -> None:
+        """Layers outside the blocks: what they see of a run of the whole model."""
+        linears = _linears(self.model, schemes)
+        if self.recipe.algorithm.needs_cross:
+            self.remedies.append("outside the blocks, upstream errors are not followed")
+        algorithm = self.recipe.algorithm
+        seen = SeenInputs.of(schemes, self.observer, moments=algorithm.needs_moments, cross=False)
+        if not seen.idle:
+            for index, batch in enumerate(batches):
+                seen.update(inputs_of_model(self.model, linears, batch, index), None)
+        layers = self._quantize("", linears, schemes, seen)
+        self._place("", layers)
+        names = ", ".join(schemes) if len(schemes) < 4 else f"{len(schemes)} layers"
+        self.remedies.append(f"outside the blocks, only the algorithm was applied to: {names}")
+
+
+def _linears(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
+    layers = {name: module.get_submodule(name) for name in names}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+
+
+def _with_input(
+    weight: QuantizedWeight, key: str, scheme: Scheme, seen: SeenInputs
+) -> QuantizedWeight:
+    """The weight with its static input scale, if the scheme has one."""
+    if key not in seen.observers or scheme.activations is None:
+        return weight
+    try:
+        low, high = seen.observers[key].range()
+    except CalibrationError:
+        raise CalibrationError(
+            "no calibration batch reaches it, so it cannot have a static input scale; give data "
+            "that reaches it, or a rule with dynamic activations or float"
+        ) from None
+    device: Any = weight.packed.device
+    return with_static_input(weight, scheme.activations, low.to(device), high.to(device))

@@ -1,0 +1,96 @@
+"""The recipe: transforms, one algorithm, refinements, a finish: each with its options checked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ptq.algorithms import ALGORITHMS, Algorithm
+from ptq.config import Plugin
+from ptq.errors import ConfigError
+from ptq.plugins import check_options, nearest
+from ptq.refine import FINISHES, REFINEMENTS, Finish, Refinement
+from ptq.transforms import TRANSFORMS, Transform
+
+_ORDER = ("transform", "algorithm", "refinement", "finish")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The steps that every block goes through, each with its options."""
+
+    transforms: tuple[tuple[Transform, Any], ...]
+    algorithm: Algorithm
+    options: Any
+    refinements: tuple[tuple[Refinement, Any], ...]
+    finishes: tuple[tuple[Finish, Any], ...]
+    names: tuple[str, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but weights is needed: no calibration data, no blocks."""
+        return not (
+            self.transforms or self.refinements or self.finishes or self.algorithm.needs_moments
+        )
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether the float model's hidden states are followed beside the quantized ones."""
+        return bool(self.refinements or self.finishes) or self.algorithm.needs_cross
+
+    def __str__(self) -> str:
+        return ", ".join(self.names)
+
+
+def make_recipe(steps: Sequence[Plugin]) -> Recipe:
+    """Check a recipe: known names, known options, transforms before the one algorithm (round to
+    nearest if none is named), refinements of blocks after it, then finishes of the whole model.
+
+    Raises:
+        ConfigError: it is not one of these; the step is named.
+    """
+    known = {
+        **dict.fromkeys(TRANSFORMS, "transform"),
+        **dict.fromkeys(ALGORITHMS, "algorithm"),
+        **dict.fromkeys(REFINEMENTS, "refinement"),
+        **dict.fromkeys(FINISHES, "finish"),
+    }
+    last = 0
+    chosen: dict[str, list[Plugin]] = {kind: [] for kind in _ORDER}
+    for number, step in enumerate(steps):
+        if step.name not in known:
+            hint = nearest(step.name, known, "known steps")
+            raise ConfigError(f"recipe.{number}: unknown step {step.name!r}; {hint}")
+        place = _ORDER.index(known[step.name])
+        if place < last:
+            raise ConfigError(
+                f"recipe.{number}: {step.name} is a step of the kind '{_ORDER[place]}', which "
+                f"comes before {steps[number - 1].name}; the order is: transforms "
+                f"({', '.join(TRANSFORMS)}), one algorithm ({', '.join(ALGORITHMS)}), "
+                f"refinements ({', '.join(REFINEMENTS)}), finishes ({', '.join(FINISHES)})"
+            )
+        last = place
+        chosen[_ORDER[place]].append(step)
+    if len(chosen["algorithm"]) > 1:
+        names = " and ".join(step.name for step in chosen["algorithm"])
+        raise ConfigError(f"recipe: {names} are both algorithms; a recipe has one")
+    step = (chosen["algorithm"] or [Plugin(name="rtn")])[0]
+    algorithm = ALGORITHMS[step.name]
+    return Recipe(
+        tuple(
+            (TRANSFORMS[s.name], check_options("recipe step", s, TRANSFORMS[s.name].options))
+            for s in chosen["transform"]
+        ),
+        algorithm,
+        check_options("recipe step", step, algorithm.options),
+        tuple(
+            (REFINEMENTS[s.name], check_options("recipe step", s, REFINEMENTS[s.name].options))
+            for s in chosen["refinement"]
+        ),
+        tuple(
+            (FINISHES[s.name], check_options("recipe step", s, FINISHES[s.name].options))
+            for s in chosen["finish"]
+        ),
+        tuple(
+            s.name for s in (*chosen["transform"], step, *chosen["refinement"], *chosen["finish"])
+        ),
+    )

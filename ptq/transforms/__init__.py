@@ -1,0 +1,25 @@
+"""Transforms: the float weights of a block rewritten so that they, and the inputs of its layers,
+are easier to quantize, while the float block computes what it did."""
+
+from ptq.transforms.apply import apply_scale
+from ptq.transforms.awq import AWQOptions, awq
+from ptq.transforms.base import ChannelStats, ScaleGroup, Transform
+from ptq.transforms.groups import find_groups
+from ptq.transforms.hadamard import hadamard, rotation
+from ptq.transforms.smoothquant import SmoothQuantOptions, smoothquant
+
+TRANSFORMS: dict[str, Transform] = {
+    "smoothquant": Transform(smoothquant, SmoothQuantOptions),
+    "awq": Transform(awq, AWQOptions),
+}
+
+__all__ = [
+    "TRANSFORMS",
+    "ChannelStats",
+    "ScaleGroup",
+    "Transform",
+    "apply_scale",
+    "find_groups",
+    "hadamard",
+    "rotation",
+]

@@ -1,0 +1,128 @@
+"""Running a block on one of its real inputs: what its modules read, and whether a scaling of
+its weights leaves its output as it was."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq.transforms.apply import apply_scale, scale_source
+from ptq.transforms.base import ScaleGroup
+from ptq.transforms.calls import mapped, tensors_in
+
+_TOLERANCE = 1e-4  # of what scaling the source alone does to the output
+
+
+@dataclass(eq=False)
+class Probe:
+    """A block and one input of it; every run is on copies of the containers that it is given."""
+
+    block: nn.Module
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    usual: list[Tensor] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.usual = self.run()
+
+    def run(self) -> list[Tensor]:
+        """Every tensor that the block returns, or leaves in a container for later blocks."""
+        given = list(tensors_in((self.arguments, self.keywords)))
+        arguments, keywords = mapped((self.arguments, self.keywords), lambda x: x)
+        made = tensors_in((self.block(*arguments, **keywords), arguments, keywords))
+        return [x.clone() for x in made if not any(x is y for y in given)]
+
+    def preserves(self, group: ScaleGroup) -> bool:
+        """Whether scaling the group leaves the output as it is; weights are restored.
+
+        The scales are random powers of two, by which floating point of any width multiplies
+        exactly; so what remains is compared with what scaling the source alone does, and may be
+        hardly anything. A norm's weight is replaced by one that gives the factor 1 meanwhile, so
+        that the same holds for a weight that is stored less 1.
+        """
+        source = self.block.get_submodule(group.source)
+        modules = [source, *(self.block.get_submodule(name) for name in group.targets)]
+        columns = modules[1].weight
+        assert isinstance(columns, Tensor) and isinstance(source.weight, Tensor)
+        channels = group.source_channels(columns.shape[1])
+        generator = torch.Generator().manual_seed(0)
+        powers = torch.tensor([0.25, 0.5, 2.0, 4.0])
+        s = powers[torch.randint(4, (int(channels.max()) + 1,), generator=generator)][channels]
+        with torch.no_grad(), _restored(modules):
+            before = self.usual
+            if group.kind == "norm":
+                source.weight.fill_(1 - group.offset)
+                before = self.run()
+            apply_scale(self.block, group, s)
+            after = _distance(before, self.run())
+        if not after < math.inf:
+            return False
+        with torch.no_grad(), _restored(modules):
+            if group.kind == "norm":
+                source.weight.fill_(1 - group.offset)
+            scale_source(self.block, group, s)
+            alone = _distance(before, self.run())
+        return 0 < alone < math.inf and after <= _TOLERANCE * alone
+
+    def watch(self) -> "Flow":
+        """What each module without children reads and gives in a run, in the order of calls."""
+        flow = Flow()
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+            def seen(_: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+                if given and isinstance(given[0], Tensor) and isinstance(out, Tensor):
+                    flow.reads[name], flow.gives[name] = given[0], out
+
+            return seen
+
+        leaves = [(n, m) for n, m in self.block.named_modules() if not any(m.children())]
+        handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
+        try:
+            self.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return flow
+
+
+@dataclass(eq=False)
+class Flow:
+    """First input and output of the modules of a block, by name, in the order of their calls."""
+
+    reads: dict[str, Tensor] = field(default_factory=dict)
+    gives: dict[str, Tensor] = field(default_factory=dict)
+
+
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """The same values in the same memory, perhaps in another shape."""
+    return a is b or (
+        a.numel() == b.numel()
+        and a.shape[-1:] == b.shape[-1:]
+        and a.dtype == b.dtype
+        and a.data_ptr() == b.data_ptr()
+    )
+
+
+@contextmanager
+def _restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """The modules' own parameters, bit for bit as they were, whatever happens within."""
+    parameters = [p for module in modules for p in module.parameters(recurse=False)]
+    kept = [p.detach().clone() for p in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, old in zip(parameters, kept, strict=True):
+                parameter.copy_(old)
+
+
+def _distance(a: list[Tensor], b: list[Tensor]) -> float:
+    """The norm of all differences; infinite where shapes differ, or a value is no number."""
+    if [x.shape for x in a] != [x.shape for x in b]:
+        return math.inf
+    squares = [float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True)]
+    return math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.inf
