@@ -20,6 +20,7 @@ from ptq.calibrate import (
     calibration_tokens,
     collect,
     evaluation_windows,
+    overlap,
 )
 from ptq.config import (
     CalibrationConfig,
@@ -120,7 +121,7 @@ def quantize(
     console = console or Console()
     config = as_config(scheme)
     made = plan(model, config)
-    recipe = make_recipe(config.recipe)
+    recipe = make_recipe(config.recipe, config.scheme)
     if _needs_data(made, recipe) and calibration is None:
         tokens = _calibration_tokens(config, recipe, tokenizer)
         calibration = _calibration_batches(config, recipe, tokens, tokenizer)
@@ -313,7 +314,7 @@ class _Job:
         self.source = ModelSource.resolve(self.model_section)
         self.model_config = load_model_config(self.source)
         empty = skeleton(self.model_config, trust_remote_code=self.model_section.trust_remote_code)
-        self.recipe = make_recipe(self.config.recipe)
+        self.recipe = make_recipe(self.config.recipe, self.config.scheme)
         self.plan = plan(empty, self.config, dtype=self._dtype())
         self._check_model(empty)
         self.report.sections["plan"] = self.plan.to_dict()
@@ -367,6 +368,8 @@ class _Job:
         if self.config.evaluation is not None:
             self.evaluation = evaluation_windows(self.config.evaluation, self.tokenizer)
             check_tokens(self.model_config, self.evaluation.sequences, "evaluation text")
+            if self.calibration is not None:
+                self._note_overlap(self.calibration, self.evaluation)
         if self.config.generation is not None:
             self._read_prompt(self.config.generation)
         named = {"calibration": self.calibration, "evaluation": self.evaluation}
@@ -380,6 +383,14 @@ class _Job:
             for name, tokens in named.items()
             if tokens is not None
         }
+
+    def _note_overlap(self, calibration: TokenSet, evaluation: TokenSet) -> None:
+        shared = overlap(calibration, evaluation)
+        if shared > 0:
+            self.note(
+                f"{shared:.0%} of the evaluation text is in the calibration text as well, so the "
+                "figures flatter; evaluate on other text"
+            )
 
     def _read_prompt(self, section: GenerationConfig) -> None:
         self.prompt = encode_prompt(section, self.tokenizer)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptq.algorithms import ALGORITHMS, Algorithm
-from ptq.config import Plugin
+from ptq.algorithms import ALGORITHMS, Algorithm, NoOptions
+from ptq.config import Plugin, Scheme
 from ptq.errors import ConfigError
 from ptq.plugins import check_options, nearest
 from ptq.refine import FINISHES, REFINEMENTS, Finish, Refinement
@@ -41,13 +41,31 @@ class Recipe:
         return ", ".join(self.names)
 
 
-def make_recipe(steps: Sequence[Plugin]) -> Recipe:
+def auto_steps(scheme: Scheme) -> list[Plugin]:
+    """The steps that measured best for schemes of this kind; docs/accuracy.md has the figures."""
+    bits = scheme.weights.int_format.bits
+    if bits == 8:
+        return _plugins("rtn") if scheme.activations is None else _plugins("smoothquant", "gptq")
+    return _plugins("gptaq", "learned_rounding", "distill")
+
+
+def _plugins(*names: str) -> list[Plugin]:
+    return [Plugin(name=name) for name in names]
+
+
+def make_recipe(steps: Sequence[Plugin], scheme: Scheme) -> Recipe:
     """Check a recipe: known names, known options, transforms before the one algorithm (round to
     nearest if none is named), refinements of blocks after it, then finishes of the whole model.
+
+    Args:
+        scheme: that most layers get; ``auto``, alone, is what measured best for it.
 
     Raises:
         ConfigError: it is not one of these; the step is named.
     """
+    if [step.name for step in steps] == ["auto"]:
+        check_options("recipe step", steps[0], NoOptions)
+        steps = auto_steps(scheme)
     known = {
         **dict.fromkeys(TRANSFORMS, "transform"),
         **dict.fromkeys(ALGORITHMS, "algorithm"),
@@ -58,7 +76,7 @@ def make_recipe(steps: Sequence[Plugin]) -> Recipe:
     chosen: dict[str, list[Plugin]] = {kind: [] for kind in _ORDER}
     for number, step in enumerate(steps):
         if step.name not in known:
-            hint = nearest(step.name, known, "known steps")
+            hint = nearest(step.name, [*known, "auto"], "known steps")
             raise ConfigError(f"recipe.{number}: unknown step {step.name!r}; {hint}")
         place = _ORDER.index(known[step.name])
         if place < last:

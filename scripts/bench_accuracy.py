@@ -3,8 +3,8 @@
 
 The float model runs once and its logits wait on disk (TMPDIR; about 100 MB a window of 512 tokens
 for a vocabulary of 49,152); then each scheme with each recipe, and each configuration file,
-quantizes a fresh copy. Of a file only the scheme, the rules and the recipe count: model and texts are this
-command's, the same for all.
+quantizes a fresh copy. Of a file only the scheme, the rules and the recipe count: model and texts
+are this command's, the same for all.
 Prints a Markdown table; with --json, rows that are measured later are added to the file.
 """
 
@@ -19,8 +19,10 @@ from typing import Any
 import yaml
 from arguments import model_parser
 
+from ptq.calibrate import TokenSet, calibration_tokens, overlap
 from ptq.command import output_file, positive, run_command
-from ptq.config import load_config
+from ptq.config import CalibrationConfig, load_config
+from ptq.errors import CalibrationError
 from ptq.report import Console, environment, peak_memory_bytes
 
 SCHEMES = ("w8a16", "w8a8", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64")
@@ -89,6 +91,7 @@ def bench(options: argparse.Namespace, console: Console) -> None:
     model, tokenizer = ptq.load_float(options.model, dtype=options.dtype)
     section = EvaluationConfig(data=options.data, windows=options.windows, context=options.context)
     tokens = evaluation_windows(section, tokenizer)
+    refuse_overlap(options, tokens, tokenizer)
     rows: list[dict[str, Any]] = []
     with ReferenceLogits() as reference:
         console.stage("float model")
@@ -110,6 +113,23 @@ def bench(options: argparse.Namespace, console: Console) -> None:
             if options.json:
                 keep(options.json, options.model, rows[-1])
     console.say("\n" + table(rows))
+
+
+def refuse_overlap(options: argparse.Namespace, tokens: TokenSet, tokenizer: Any) -> None:
+    """Figures on calibration text are worth nothing."""
+    if not options.calibration:
+        return
+    section = CalibrationConfig(
+        data=[options.calibration],
+        samples=options.samples,
+        sequence_length=options.context,
+    )
+    shared = overlap(calibration_tokens(section, tokenizer), tokens)
+    if shared > 0:
+        raise CalibrationError(
+            f"calibration and evaluation text overlap: {shared:.0%} of {', '.join(options.data)} "
+            f"is in {options.calibration}; give other text"
+        )
 
 
 def keep(path: Path, model: str, row: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def test_bench_accuracy(
     rows = json.loads(figures.read_text())["rows"]
     assert [row["scheme"] for row in rows] == ["w8a16", "w8a8-static"]
     shown = capsys.readouterr().out
-    assert "| w8a16 | 1.0" in shown or "| w8a16 | 0.99" in shown
+    assert "| w8a16 | rtn | 1.0" in shown or "| w8a16 | rtn | 0.99" in shown
     assert rows[0]["kl_mean"] < rows[1]["kl_mean"]
 
 
@@ -167,6 +167,32 @@ def test_the_performance_page(
     assert script("make_performance_page").main([*options, f"--output={output}"]) == 2
     assert "model.json" in capsys.readouterr().err
     assert output.read_text() == page
+
+
+def test_accuracy_page_has_every_row(
+    tiny_model: Path, tiny_texts: tuple[Path, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    rows, page = tmp_path / "accuracy.json", tmp_path / "accuracy.md"
+    calibration, evaluation = map(str, tiny_texts)
+    common = ["--model", str(tiny_model), "--data", evaluation, "--calibration", calibration]
+    common += ["--samples", "4", "--windows", "2", "--context", "32", "--json", str(rows)]
+    bench, make = script("bench_accuracy").main, script("make_accuracy_page").main
+    recipes = ["--recipes", "rtn", "[{name: gptq, options: {damping: 0.02}}]"]
+    assert bench([*common, "--schemes", "w4a16-g16", *recipes]) == 0
+    (tmp_path / "own.yaml").write_text("scheme: w8a8\nrecipe: auto\n")
+    for _ in range(2):  # the second time replaces its own row and keeps the others
+        assert bench([*common, "--schemes", "--configs", str(tmp_path / "own.yaml")]) == 0
+    found = json.loads(rows.read_text())["rows"]
+    assert [row["recipe"] for row in found] == ["rtn", "gptq", "smoothquant, gptq"]
+    assert make([str(rows), f"--output={page}"]) == 0
+    for row in found:
+        assert f"{row['ratio']:.4f}" in page.read_text()
+    assert "gptq (damping 0.02)" in page.read_text()
+    assert bench([*common, "--data", calibration, "--schemes", "w8a8", "--windows", "60"]) == 2
+    assert "overlap" in capsys.readouterr().err
+    rows.write_text("[]")
+    assert make([str(rows), f"--output={page}"]) == 2
 
 
 def test_tokenizer_of_a_checkpoint_is_the_models(checkpoint: Path) -> None:

@@ -14,7 +14,13 @@ from ptq.calibrate.stream import (
     capture,
     outputs_after_blocks,
 )
-from ptq.calibrate.tokens import TokenSet, batches, calibration_tokens, evaluation_windows
+from ptq.calibrate.tokens import (
+    TokenSet,
+    batches,
+    calibration_tokens,
+    evaluation_windows,
+    overlap,
+)
 
 __all__ = [
     "BlockCall",
@@ -36,5 +42,6 @@ __all__ = [
     "inputs_of_model",
     "load_documents",
     "outputs_after_blocks",
+    "overlap",
     "watching",
 ]

@@ -96,6 +96,25 @@ def evaluation_windows(config: EvaluationConfig, tokenizer: Any) -> TokenSet:
     )
 
 
+def overlap(calibration: TokenSet, evaluation: TokenSet, length: int = 32) -> float:
+    """The share of the evaluation tokens that stand in runs of ``length`` tokens which are in the
+    calibration text too; figures on them flatter. Windows are compared at whole multiples of
+    ``length``, calibration text at every position."""
+    seen = {
+        tuple(run)
+        for sequence in calibration.sequences
+        if len(sequence) >= length
+        for run in sequence.unfold(0, length, 1).tolist()
+    }
+    runs = [
+        tuple(run)
+        for sequence in evaluation.sequences
+        if len(sequence) >= length
+        for run in sequence.unfold(0, length, length).tolist()
+    ]
+    return sum(run in seen for run in runs) / max(1, len(runs))
+
+
 def _tokenize(documents: Sequence[Document], tokenizer: Any) -> Iterator[Tensor]:
     for document in documents:
         if document.messages is None:

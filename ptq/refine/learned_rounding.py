@@ -27,7 +27,7 @@ class LearnedRoundingOptions(BaseModel):
     sequences: Annotated[int, Field(ge=1)] = 4  # per iteration
     learning_rate: Annotated[float, Field(gt=0)] | None = None  # default: 1 / iterations
     scales: bool = True  # learn them too
-    scale_rate: Annotated[float, Field(gt=0)] = 0.25  # their learning rate over the rounding's
+    scale_rate: Annotated[float, Field(gt=0)] = 0.03  # their learning rate over the rounding's
     scale_range: Annotated[float, Field(gt=0, lt=1)] = 0.2  # they change by this share at most
 
 

@@ -171,7 +171,7 @@ def test_a_recipe_without_data_is_refused() -> None:
 )  # fmt: skip
 def test_mistakes_in_a_recipe(steps: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        make_recipe(config(steps).recipe)
+        make_recipe(config(steps).recipe, config(steps).scheme)
 
 
 def test_mistakes_are_found_before_anything_changes() -> None:
@@ -180,3 +180,11 @@ def test_mistakes_are_found_before_anything_changes() -> None:
     with pytest.raises(ConfigError, match="unknown step"):
         ptq.quantize(model, config(["nope"]), calibration=data())
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "first"), [("w8a16", "rtn"), ("w8a8", "smoothquant"), ("w4a16-g64", "gptaq")]
+)
+def test_auto_is_a_recipe_of_known_steps(scheme: str, first: str) -> None:
+    asked = as_config({"scheme": scheme, "recipe": "auto"})
+    assert make_recipe(asked.recipe, asked.scheme).names[0] == first

@@ -10,7 +10,14 @@ import torch
 from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 
-from ptq.calibrate import batches, calibration_tokens, evaluation_windows, load_documents
+from ptq.calibrate import (
+    TokenSet,
+    batches,
+    calibration_tokens,
+    evaluation_windows,
+    load_documents,
+    overlap,
+)
 from ptq.config import CalibrationConfig, EvaluationConfig
 from ptq.errors import CalibrationError
 from tests.tiny import tiny_text, tiny_tokenizer
@@ -108,6 +115,32 @@ def test_column(tmp_path: Path) -> None:
 
 def config(path: Path, **options: object) -> CalibrationConfig:
     return CalibrationConfig.model_validate({"data": str(path), **options})
+
+
+def test_overlap_is_the_share_of_the_evaluation_text() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 1000, (512,), generator=generator)
+    other = torch.randint(0, 1000, (512,), generator=generator)
+
+    def tokens(*sequences: torch.Tensor) -> TokenSet:
+        return TokenSet(sequences, "", 1, ("-",))
+
+    assert overlap(tokens(ids), tokens(other)) == 0
+    assert overlap(tokens(ids), tokens(ids[100:356], other[:256])) == 0.5
+    assert overlap(tokens(ids[:20]), tokens(ids)) == 0
+
+
+def test_the_shipped_texts_do_not_overlap(demo_model: str) -> None:
+    from ptq.config import ModelConfig
+    from ptq.model import ModelSource, load_tokenizer
+
+    tokenizer = load_tokenizer(ModelSource.resolve(ModelConfig(id=demo_model)))
+    folder = Path(__file__).parents[2] / "calibration_data"
+    calibration = CalibrationConfig(data=[str(folder / "calibration.jsonl")], samples=64)
+    evaluation = EvaluationConfig(data=[str(folder / "evaluation.jsonl")], windows=100)
+    assert overlap(
+        calibration_tokens(calibration, tokenizer), evaluation_windows(evaluation, tokenizer)
+    ) == 0  # fmt: skip
 
 
 def test_calibration_tokens_are_seeded_pieces_of_the_documents(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+#!/usr/bin/env python
+"""Write docs/accuracy.md from the JSON of bench_accuracy.py."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ptq.command import EXIT_CODES, run_command
+from ptq.errors import ConfigError
+from ptq.report import Console
+
+COMMAND = """python scripts/bench_accuracy.py --data eval.txt --calibration calib.txt \\
+  --windows 205 --schemes SCHEME ... --recipes RECIPE ... --json docs/accuracy.json
+python scripts/make_accuracy_page.py docs/accuracy.json"""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", type=Path, help="JSON of bench_accuracy.py")
+    parser.add_argument("--output", type=Path, default=Path("docs/accuracy.md"))
+    return parser.parse_args(arguments)
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}; make it with bench_accuracy.py --json") from None
+    if not isinstance(found, dict) or not found.get("rows"):
+        raise ConfigError(f"{path} has no rows; make it with bench_accuracy.py --json")
+    return found
+
+
+def steps(row: dict[str, Any]) -> str:
+    """The recipe with the options that were given."""
+    given = row["config"]["recipe"]
+    parts = []
+    for step in given if isinstance(given, list) else [given]:
+        if isinstance(step, str):
+            parts.append(step)
+            continue
+        options = ", ".join(f"{key} {value}" for key, value in step.get("options", {}).items())
+        parts.append(step["name"] + (f" ({options})" if options else ""))
+    return " + ".join(parts)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| recipe | perplexity ratio [95%] | mean KL | top-1 agreement | seconds | MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda r: -r["ratio"]):
+        ratio = f"{row['ratio']:.4f} [{row['ratio_low']:.4f}, {row['ratio_high']:.4f}]"
+        lines.append(
+            f"| {steps(row)} | {ratio} | {row['kl_mean']:.4f} | {100 * row['top1_agreement']:.1f}% "
+            f"| {row['seconds']:.0f} | {row['tensor_bytes'] / 1e6:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def page(document: dict[str, Any]) -> str:
+    rows = document["rows"]
+    protocols = {row["protocol"]["tokens_sha256"]: row for row in rows}
+    parts = [
+        "# Accuracy",
+        "Made by `scripts/make_accuracy_page.py` from `accuracy.json`, which this makes:",
+        f"```bash\n{COMMAND}\n```",
+        f"Model: `{document['model']}`. A ratio is the quantized model's perplexity divided by the "
+        "float model's on the same tokens; the interval is of the paired difference. The output "
+        "head is float. Seconds are of the whole quantization, calibration included.",
+    ]
+    for sha, first in protocols.items():
+        protocol, machine = first["protocol"], first["environment"]
+        parts.append(
+            f"## {protocol['windows']} windows of {protocol['context']} tokens\n\n"
+            f"{protocol['tokens_scored']:,} tokens scored (sha256 {sha[:12]}); float perplexity "
+            f"{first['float_perplexity']:.3f} ({protocol['float_dtype']}). "
+            f"{machine['processor']}, {machine['threads']} threads, "
+            f"torch {machine['packages']['torch']}."
+        )
+        here = [row for row in rows if row["protocol"]["tokens_sha256"] == sha]
+        for scheme in dict.fromkeys(row["scheme"] for row in here):
+            found = table([row for row in here if row["scheme"] == scheme])
+            parts.append(f"### {scheme}\n\n{found}")
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    return run_command(
+        lambda: options.output.write_text(page(read(options.rows)), encoding="utf-8"), Console()
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
