@@ -234,6 +234,11 @@ class ModelConfig(Section):
     dtype: DTypeNameOrAuto = Field("auto", description="auto: as stored")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, ... or auto")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    stream: bool = Field(
+        False,
+        description="for a model larger than memory: read its safetensors files one block at a "
+        "time; without evaluation and generation, which need the whole float model",
+    )
 
 
 def _model_from_id(value: Any) -> Any:

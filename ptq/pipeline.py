@@ -1,7 +1,7 @@
 """The main job, told in order: config, load, plan, calibrate, quantize, save, verify, evaluate."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ from ptq.evaluation import (
 )
 from ptq.model import (
     ModelSource,
+    StreamedModel,
     cast_parameters,
     check_finite,
     check_tokens,
@@ -55,6 +56,7 @@ from ptq.model import (
     require_token_ids,
     resolve_device,
     skeleton,
+    stream_model,
 )
 from ptq.modules import share_inputs
 from ptq.observers import make_observer
@@ -117,26 +119,47 @@ def quantize(
         CalibrationError: data is needed and there is none, or it cannot be used.
         ModelError: NaN or Inf in a weight; nothing was changed.
     """
+    return _quantize(model, as_config(scheme), calibration, tokenizer, console or Console(), None)
+
+
+def _quantize(
+    model: nn.Module,
+    config: QuantizationConfig,
+    calibration: Iterable[Any] | None,
+    tokenizer: Any,
+    console: Console,
+    streamed: StreamedModel | None,
+) -> QuantizationResult:
+    """As :func:`quantize`.
+
+    Args:
+        streamed: fills the model's blocks, where they have no weights yet; bad weights are then
+            found block by block.
+    """
     start = time.perf_counter()
-    console = console or Console()
-    config = as_config(scheme)
     made = plan(model, config)
     recipe = make_recipe(config.recipe, config.scheme)
     if _needs_data(made, recipe) and calibration is None:
         tokens = _calibration_tokens(config, recipe, tokenizer)
         calibration = _calibration_batches(config, recipe, tokens, tokenizer)
-    check_finite(model)
+    if streamed is None:
+        check_finite(model)
     statistics: dict[str, LayerStatistics] = {}
     work = None
     if recipe.plain:
         statistics = _calibrate(model, made, config, calibration, console)
         console.stage_name = "quantize"
         quantize = partial(quantize_plainly, recipe)
-        quantize_layers(model, made.schemes, statistics, quantize, console.bar("layer"))
+        bar = console.bar("layer")
+        fill_layer = None if streamed is None else streamed.fill_layer
+        quantize_layers(model, made.schemes, statistics, quantize, bar, fill_layer)
     else:
         assert calibration is not None
         console.stage_name = f"quantize ({recipe})"
-        work = _quantize_blockwise(model, made, recipe, config, calibration, console)
+        fill = None if streamed is None else streamed.fill
+        work = _quantize_blockwise(model, made, recipe, config, calibration, console, fill)
+    if streamed is not None:
+        streamed.fill_rest()
     quantize_embeddings(model, made.embeddings, made.sharing)
     seconds = time.perf_counter() - start
     return QuantizationResult(
@@ -162,11 +185,12 @@ def _quantize_blockwise(
     config: QuantizationConfig,
     calibration: Iterable[Any],
     console: Console,
+    fill: Callable[[str], None] | None,
 ) -> Blockwise:
     """Carry out a recipe that looks at data."""
     observer = _observer(config)
     seed = 0 if config.calibration is None else config.calibration.seed
-    work = Blockwise(model, made.schemes, recipe, observer, seed)
+    work = Blockwise(model, made.schemes, recipe, observer, seed, fill)
     work.run(calibration, console.bar("block"))
     share_inputs(model)
     return work
@@ -278,6 +302,7 @@ class _Job:
     model_config: PretrainedConfig = field(init=False)
     recipe: Recipe = field(init=False)
     plan: Plan = field(init=False)
+    streamed: StreamedModel | None = field(default=None, init=False)
     tokenizer: Any = field(default=None, init=False)
     calibration: TokenSet | None = field(default=None, init=False)
     evaluation: TokenSet | None = field(default=None, init=False)
@@ -312,11 +337,15 @@ class _Job:
         self.console.stage("plan")
         resolve_device(self.model_section.device)
         self.source = ModelSource.resolve(self.model_section)
+        if self.model_section.stream and self.source.gguf_file is not None:
+            raise ConfigError("model.stream: GGUF cannot be streamed; set model.stream: false")
         self.model_config = load_model_config(self.source)
         empty = skeleton(self.model_config, trust_remote_code=self.model_section.trust_remote_code)
         self.recipe = make_recipe(self.config.recipe, self.config.scheme)
         self.plan = plan(empty, self.config, dtype=self._dtype())
         self._check_model(empty)
+        if self.model_section.stream:
+            self._check_streaming()
         self.report.sections["plan"] = self.plan.to_dict()
         self.console.say(self.plan.table(full))
 
@@ -334,6 +363,26 @@ class _Job:
             require_causal(empty)
         if self.config.generation is not None:
             require_generation(empty)
+
+    def _check_streaming(self) -> None:
+        """Whether everything that is asked for can be done one block at a time."""
+        sections = [
+            key for key in ("evaluation", "generation") if getattr(self.config, key) is not None
+        ]
+        problem = None
+        if sections:
+            verb = "needs" if len(sections) == 1 else "need"
+            problem = f"{' and '.join(sections)} {verb} the whole float model; remove that"
+        elif self.recipe.finishes:
+            names = ", ".join(self.recipe.names[-len(self.recipe.finishes) :])
+            problem = f"{names} tunes all blocks together; take another recipe than [{self.recipe}]"
+        elif self.recipe.plain and self.plan.static_layers:
+            problem = (
+                f"static activations with recipe [{self.recipe}] are calibrated on the whole float "
+                "model; take a recipe that goes block by block, such as [gptq]"
+            )
+        if problem is not None:
+            raise ConfigError(f"model.stream: {problem}, or set model.stream: false")
 
     @property
     def _calibrates(self) -> bool:
@@ -403,7 +452,11 @@ class _Job:
             )
 
     def load(self) -> PreTrainedModel:
-        """The float model."""
+        """The float model; of a streamed one, what is outside its blocks."""
+        if self.model_section.stream:
+            self.console.stage("open the float model")
+            self.streamed = stream_model(self.source, self.note)
+            return self.streamed.model
         self.console.stage("load the float model")
         bars = self.console.mode != "quiet"
         model = load_model(self.source, self.model_config, bars=bars, say=self.note)
@@ -423,7 +476,7 @@ class _Job:
         data = None
         if self.calibration is not None:
             data = _calibration_batches(self.config, self.recipe, self.calibration, self.tokenizer)
-        result = quantize(model, self.config, calibration=data, console=self.console)
+        result = _quantize(model, self.config, data, None, self.console, self.streamed)
         cast_parameters(model, self._dtype())
         self.report.sections["recipe"] = {
             "steps": list(self.recipe.names),

@@ -34,6 +34,7 @@ def quantize_layers(
     statistics: Mapping[str, LayerStatistics],
     quantize: Quantize,
     progress: Progress = iter,
+    fill: Callable[[str], None] | None = None,
 ) -> None:
     """Replace the named ``nn.Linear`` layers by :class:`QuantLinear`, in place, one at a time.
 
@@ -41,12 +42,15 @@ def quantize_layers(
 
     Args:
         quantize: makes the codes of a weight [N, K].
+        fill: called with a layer's name right before its weight is read, to put it there.
 
     Raises:
         CalibrationError: a static scheme has no statistics.
     """
     tied = {i.name for i in read_layers(model) if i.tied_to is not None}
     for name in progress(schemes):
+        if fill is not None:
+            fill(name)
         weight = _quantized(model, name, schemes[name], statistics, quantize)
         place(model, name, weight, schemes[name])
         if name in tied:

@@ -100,6 +100,63 @@ def test_every_scheme_goes_through(
     assert ptq.load(tmp_path / "out")
 
 
+def test_a_calibrated_recipe_goes_through(
+    recipe: Recipe,
+    tmp_path: Path,
+    tiny_texts: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changes = {
+        "scheme": "w4a8-g32",
+        "recipe": [
+            "awq",
+            "gptaq",
+            {"name": "learned_rounding", "options": {"iterations": 4}},
+            "distill",
+        ],
+        "rules": [{"layers": "lm_head", "scheme": "w8a16"}],
+        "tied_embeddings": "untie",
+        "calibration": {"data": str(tiny_texts[0]), "samples": 8, "sequence_length": 32},
+    }
+    assert main("--config", str(recipe(**changes))) == 0
+    printed = capsys.readouterr().out
+    assert "note: outside the blocks, only the algorithm was applied to: lm_head" in printed
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["recipe"]["steps"] == ["awq", "gptaq", "learned_rounding", "distill"]
+    notes = "\n".join(report["recipe"]["notes"])
+    assert "model.layers.1: learned rounding: error" in notes
+    assert "distill: divergence" in notes
+    assert report["data"]["calibration"]["sequences"] == 8
+
+
+def test_evaluation_on_the_calibration_text_is_noted(
+    recipe: Recipe, tiny_texts: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibration = {"data": str(tiny_texts[1]), "samples": 7, "sequence_length": 64}
+    assert main("--config", str(recipe(recipe="gptq", calibration=calibration))) == 0
+    assert "of the evaluation text is in the calibration text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ("gtpq", "unknown step 'gtpq'; did you mean 'gptq'?"),
+        (["gptq", "awq"], "awq is a step of the kind 'transform'"),
+        ([{"name": "gptq", "options": {"damp": 0.1}}], "unknown option 'damp'"),
+        ("gptq", "recipe [gptq] needs calibration data"),
+    ],
+)
+def test_mistakes_in_a_recipe_before_any_weights(
+    recipe: Recipe,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    steps: object,
+    said: str,
+) -> None:
+    monkeypatch.delattr("ptq.pipeline.load_model")
+    assert said in fails(capsys, "--config", str(recipe(recipe=steps)))
+
+
 def test_dry_run_loads_no_weights_and_writes_nothing(
     recipe: Recipe,
     tmp_path: Path,

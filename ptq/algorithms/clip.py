@@ -1,5 +1,6 @@
 """Choosing the scale of each part of a weight by the error that it leaves, not by its range."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -43,11 +44,33 @@ def search_qparams(
     Returns:
         shaped ``granularity.scale_shape``.
     """
+    return by_rows(weight, scheme, lambda rows: _search_rows(rows, scheme, importance, options))
+
+
+def by_rows(weight: Tensor, scheme: WeightScheme, choose: Callable[[Tensor], QParams]) -> QParams:
+    """``choose`` on some rows at a time, unless all share one scale, so that its copies of the
+    weight [N, K] stay small."""
     whole = scheme.granularity == "tensor"
     step = weight.shape[0] if whole else max(1, _AT_ONCE // weight.shape[1])
-    parts = [_search_rows(rows, scheme, importance, options) for rows in torch.split(weight, step)]
-    scales, zero_points = zip(*((p.scale, p.zero_point) for p in parts), strict=True)
-    return QParams(torch.cat(scales), None if scheme.symmetric else torch.cat(zero_points))
+    found = [choose(rows) for rows in torch.split(weight, step)]
+    zero_points = [q.zero_point for q in found if q.zero_point is not None]
+    return QParams(
+        torch.cat([q.scale for q in found]), None if scheme.symmetric else torch.cat(zero_points)
+    )
+
+
+def nearest_scale(wanted: Tensor, old: Tensor, scheme: WeightScheme) -> Tensor:
+    """The scale next to the wanted one that the scheme can store, in its dtype; the old one where
+    there is none: it would not be finite, or zero, or of a sign that the scheme does not have."""
+    dtype = scheme.torch_scale_dtype
+    if scheme.power_of_two_scale:
+        wanted = torch.exp2(torch.log2(wanted.abs()).round()) * wanted.sign()
+    stored = wanted.to(dtype)
+    # As in choose_qparams: kernels may flush a subnormal float32 or bfloat16 to zero.
+    least = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).smallest_normal
+    size = stored.abs() if scheme.signed_scale else stored
+    usable = stored.isfinite() & (size.float() >= least)
+    return torch.where(usable, stored, old.to(dtype))
 
 
 def _search_rows(
@@ -66,7 +89,7 @@ def _search_rows(
             error = _error(parts, tried, scheme, factor)
             better = error < least
             least = torch.where(better, error, least)
-            best = _where(better, tried, best)
+            best = better_of(better, tried, best)
     return best
 
 
@@ -99,7 +122,8 @@ def _error(parts: Tensor, qparams: QParams, scheme: WeightScheme, factor: Tensor
     return (error if factor is None else error.mul_(factor)).sum(-1)
 
 
-def _where(better: Tensor, ours: QParams, theirs: QParams) -> QParams:
+def better_of(better: Tensor, ours: QParams, theirs: QParams) -> QParams:
+    """Part by part: ours where it is better."""
     zero_point = None
     if ours.zero_point is not None and theirs.zero_point is not None:
         zero_point = torch.where(better, ours.zero_point, theirs.zero_point)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ptq.algorithms.base import InputMoments, Outcome
-from ptq.algorithms.clip import range_qparams
+from ptq.algorithms.clip import better_of, by_rows, nearest_scale, range_qparams
 from ptq.algorithms.rtn import nearest_codes
 from ptq.config import WeightScheme
 from ptq.core import QParams
@@ -34,35 +34,41 @@ def hqq(
     weight: Tensor, scheme: WeightScheme, _: InputMoments | None, options: HqqOptions
 ) -> Outcome:
     """Quantize a weight [N, K]; each part has, in the p-norm, at most round-to-nearest's error."""
-    parts = scheme.granularity_value.split(weight.float())
-    plain = range_qparams(weight, scheme)
-    scale = plain.scale.float().unsqueeze(-1)
-    zero = None if plain.zero_point is None else plain.zero_point.float().unsqueeze(-1)
-    best, least = plain, _distance(parts, scale, zero, scheme, options)
-    beta, first = options.beta, scale
+    weight = weight.detach()
+    qparams = by_rows(weight, scheme, lambda rows: _solve(rows, scheme, options))
+    return Outcome(nearest_codes(weight, scheme, qparams))
+
+
+def _solve(rows: Tensor, scheme: WeightScheme, options: HqqOptions) -> QParams:
+    """The best scales and zero points on the way of the solver, which starts from the ranges."""
+    parts = scheme.granularity_value.split(rows.float())
+    plain = range_qparams(rows, scheme)
+    scale, zero = _apart(plain)
+    best, least = plain, _distance(parts, plain, scheme, options)
+    beta = options.beta / scale.square()
     for iteration in range(options.iterations):
         codes = _codes(parts, scale, zero, scheme)
         steps = codes if zero is None else codes - zero
-        error = _shrink(parts - steps * scale, beta / first.square(), options.norm)
+        error = _shrink(parts - steps * scale, beta, options.norm)
         if zero is None or iteration % 2:
             over = steps.square().sum(-1, keepdim=True)
             fitted = ((parts - error) * steps).sum(-1, keepdim=True) / over.clamp(min=1)
-            scale = torch.where((over > 0) & (fitted != 0), fitted, scale)
+            scale = torch.where(fitted != 0, fitted, scale)
         else:
             zero = (codes - (parts - error) / scale).mean(-1, keepdim=True)
-        tried = _stored(scale, zero, scheme)
-        distance = _distance(
-            parts,
-            tried.scale.float().unsqueeze(-1),
-            None if tried.zero_point is None else tried.zero_point.float().unsqueeze(-1),
-            scheme,
-            options,
-        )
+        tried = _stored(scale, zero, plain, scheme)
+        distance = _distance(parts, tried, scheme, options)
         better = distance < least
         least = torch.where(better, distance, least)
-        best = _choose(better, tried, best)
-        beta *= options.growth
-    return Outcome(nearest_codes(weight, scheme, best))
+        best = better_of(better, tried, best)
+        beta = beta * options.growth
+    return best
+
+
+def _apart(qparams: QParams) -> tuple[Tensor, Tensor | None]:
+    """In float32, to broadcast over the elements of a part."""
+    zero = qparams.zero_point
+    return qparams.scale.float().unsqueeze(-1), None if zero is None else zero.float().unsqueeze(-1)
 
 
 def _codes(parts: Tensor, scale: Tensor, zero: Tensor | None, scheme: WeightScheme) -> Tensor:
@@ -80,29 +86,17 @@ def _shrink(error: Tensor, beta: Tensor, norm: float) -> Tensor:
     return error.sign() * cut
 
 
-def _stored(scale: Tensor, zero: Tensor | None, scheme: WeightScheme) -> QParams:
-    """As they would be stored: scales in their dtype, zero points whole."""
-    fmt, dtype = scheme.int_format, scheme.torch_scale_dtype
-    stored = scale.squeeze(-1).to(dtype)
-    least = torch.full_like(stored, torch.finfo(dtype).smallest_normal)
-    stored = torch.where(stored.abs() < least, least, stored)
-    if not scheme.signed_scale:
-        stored = stored.abs()
+def _stored(scale: Tensor, zero: Tensor | None, plain: QParams, scheme: WeightScheme) -> QParams:
+    """As they would be stored: scales that the scheme has, zero points whole."""
+    fmt, stored = scheme.int_format, nearest_scale(scale.squeeze(-1), plain.scale, scheme)
     if zero is None:
         return QParams(stored, None)
     return QParams(stored, zero.squeeze(-1).round().clamp(fmt.qmin, fmt.qmax).to(fmt.dtype))
 
 
-def _distance(
-    parts: Tensor, scale: Tensor, zero: Tensor | None, scheme: WeightScheme, options: HqqOptions
-) -> Tensor:
+def _distance(parts: Tensor, qparams: QParams, scheme: WeightScheme, options: HqqOptions) -> Tensor:
+    """The p-norm (to the power of p) of each part's error: [scale rows, scale columns]."""
+    scale, zero = _apart(qparams)
     codes = _codes(parts, scale, zero, scheme)
     near = (codes if zero is None else codes - zero) * scale
     return (parts - near).abs_().pow_(options.norm).sum(-1)
-
-
-def _choose(better: Tensor, ours: QParams, theirs: QParams) -> QParams:
-    zero_point = None
-    if ours.zero_point is not None and theirs.zero_point is not None:
-        zero_point = torch.where(better, ours.zero_point, theirs.zero_point)
-    return QParams(torch.where(better, ours.scale, theirs.scale), zero_point)

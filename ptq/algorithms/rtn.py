@@ -23,45 +23,38 @@ def rtn(
     if not options.clip:
         return Outcome(round_to_nearest(weight, scheme))
     importance = None if moments is None else moments.second.diagonal()
-    return Outcome(
-        nearest_codes(weight, scheme, search_qparams(weight, scheme, importance, options))
-    )
+    notes: tuple[str, ...] = ()
+    if importance is not None and not bool(importance.isfinite().all()):
+        importance, notes = None, ("its second moment has NaN or Inf: all columns count the same",)
+    qparams = search_qparams(weight, scheme, importance, options)
+    return Outcome(nearest_codes(weight, scheme, qparams), notes)
 
 
 def round_to_nearest(weight: Tensor, scheme: WeightScheme) -> QuantizedWeight:
     """Quantize a weight [N, K] by the extremes of each part that shares a scale.
 
-    Works through the rows in pieces, so that the float32 copies stay small.
-
     Raises:
         ConfigError: the group size does not divide K.
     """
     weight = weight.detach()
-    shape = (weight.shape[0], weight.shape[1])
-    scheme.granularity_value.scale_shape(shape)
-    whole = scheme.granularity == "tensor"
-    step = shape[0] if whole else max(1, _AT_ONCE // shape[1])
-    pieces = [
-        nearest_codes(rows, scheme, range_qparams(rows, scheme))
-        for rows in torch.split(weight, step)
-    ]
-    return QuantizedWeight(
-        torch.cat([p.packed for p in pieces]),
-        torch.cat([p.scale for p in pieces]),
-        None
-        if scheme.symmetric
-        else torch.cat([p.zero_point for p in pieces if p.zero_point is not None]),
-        scheme.int_format,
-        scheme.granularity_value,
-        shape,
-    )
+    return nearest_codes(weight, scheme, range_qparams(weight, scheme))
 
 
 def nearest_codes(weight: Tensor, scheme: WeightScheme, qparams: QParams) -> QuantizedWeight:
-    """Each weight of [N, K] to the nearest code of these scales."""
+    """Each weight of [N, K] to the nearest code of these scales.
+
+    Works through the rows in pieces, so that the float32 copies stay small.
+    """
     fmt, granularity = scheme.int_format, scheme.granularity_value
-    codes = quantize(weight, qparams.scale, qparams.zero_point, fmt, granularity)
     shape = (weight.shape[0], weight.shape[1])
+    step = max(1, _AT_ONCE // shape[1])
+    packed = []
+    for start in range(0, max(1, shape[0]), step):
+        rows = slice(None) if scheme.granularity == "tensor" else slice(start, start + step)
+        scale = qparams.scale[rows]
+        zero_point = None if qparams.zero_point is None else qparams.zero_point[rows]
+        codes = quantize(weight[start : start + step], scale, zero_point, fmt, granularity)
+        packed.append(pack(codes, fmt))
     return QuantizedWeight(
-        pack(codes, fmt), qparams.scale, qparams.zero_point, fmt, granularity, shape
+        torch.cat(packed), qparams.scale, qparams.zero_point, fmt, granularity, shape
     )

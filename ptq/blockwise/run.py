@@ -1,6 +1,6 @@
 """Quantizing a model block by block, each block's inputs coming from the quantized ones before."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from ptq.calibrate import (
 )
 from ptq.config import Plugin, Scheme
 from ptq.core import QuantizedWeight
-from ptq.errors import CalibrationError, PTQError
+from ptq.errors import CalibrationError, PTQError, UnsupportedError
 from ptq.model import block_lists, eval_mode
 from ptq.recipe import Recipe
 from ptq.refine import BlockJob, DistillJob, LayerState, quantized_inputs
@@ -36,6 +36,9 @@ class Blockwise:
         schemes: of the layers, by name in the model.
         observer: for static input scales.
         seed: for samples and for what refinements draw.
+        fill: gives the block of a name its float weights, where they are not there from the
+            start; called right before the block is first used. Its float weights are freed as
+            they are quantized; a block that stays float keeps them.
 
     ``notes`` say what each step did; ``remedies`` where a step could not do what it should, and
     what was done instead.
@@ -46,6 +49,7 @@ class Blockwise:
     recipe: Recipe
     observer: Plugin
     seed: int = 0
+    fill: Callable[[str], None] | None = None
     notes: list[str] = field(default_factory=list, init=False)
     remedies: list[str] = field(default_factory=list, init=False)
     done: set[str] = field(default_factory=set, init=False)
@@ -58,21 +62,36 @@ class Blockwise:
         Raises:
             CalibrationError: no batch, NaN or Inf in an input, or a layer with static activations
                 that no batch reaches.
+            UnsupportedError: blocks that need ``fill`` do not just follow each other.
         """
         batches = list(data)
         with eval_mode(self.model):
             for names in block_lists(self.model):
                 if not any(self._inside(name) for name in names):
+                    self._fill(names)
                     continue
-                try:
-                    stream = capture(self.model, names, batches)
-                except NotAChain as reason:
-                    self.remedies.append(f"{names[0]} to {names[-1]} are no chain: {reason}")
-                    continue
-                self._run_list(stream, batches, progress)
+                stream = self._capture(names, batches)
+                if stream is not None:
+                    self._run_list(stream, batches, progress)
             rest = {name: s for name, s in self.schemes.items() if name not in self.done}
             if rest:
                 self._run_rest(rest, batches)
+
+    def _fill(self, names: Iterable[str]) -> None:
+        if self.fill is not None:
+            for name in names:
+                self.fill(name)
+
+    def _capture(self, names: list[str], batches: list[Any]) -> BlockStream | None:
+        """The stream through these blocks; None, and noted, where they are no chain."""
+        try:
+            return capture(self.model, names, batches, run_first=self.fill is None)
+        except NotAChain as reason:
+            problem = f"{names[0]} to {names[-1]} are no chain: {reason}"
+            if self.fill is not None:
+                raise UnsupportedError(f"{problem}; set model.stream: false") from None
+            self.remedies.append(problem)
+            return None
 
     def _inside(self, block: str) -> dict[str, Scheme]:
         """The layers of a block, by their name within it."""
@@ -88,16 +107,26 @@ class Blockwise:
         if self.recipe.needs_targets:
             exact = BlockStream(stream.names, list(stream.hidden), stream.calls, stream.masks)
         for position, name in enumerate(progress(stream.names)):
-            schemes = self._inside(name)
-            if schemes:
-                self._run_block(stream, exact, position, schemes)
-                continue
-            block = self.model.get_submodule(name)
-            for each in (stream, exact):
-                if each is not None:
-                    advance(each, position, block)
+            self._fill([name])
+            try:
+                self._pass(stream, exact, position)
+            except NotAChain as reason:
+                advice = "" if self.fill is None else "; set model.stream: false"
+                raise UnsupportedError(f"block {name} is no chain: {reason}{advice}") from None
         if exact is not None:
             self._finish(exact, batches, progress)
+
+    def _pass(self, stream: BlockStream, exact: BlockStream | None, position: int) -> None:
+        """Carry the hidden states through one block, and quantize its layers if it has any."""
+        name = stream.names[position]
+        schemes = self._inside(name)
+        if schemes:
+            self._run_block(stream, exact, position, schemes)
+            return
+        block = self.model.get_submodule(name)
+        for each in (stream, exact):
+            if each is not None:
+                advance(each, position, block)
 
     def _finish(self, exact: BlockStream, batches: list[Any], progress: Progress) -> None:
         """Tune the layers of all blocks together, then put them in place."""

@@ -54,10 +54,15 @@ class BlockCall:
         return (), {self.keyword: hidden, **self.keywords}
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output hidden states."""
+        """The block's output hidden states.
+
+        Raises:
+            NotAChain: it returns something else, or another shape.
+        """
         arguments, keywords = self.with_hidden(hidden)
         out = block(*arguments, **keywords)
-        assert isinstance(out, Tensor)  # the capture has made sure
+        if not isinstance(out, Tensor) or out.shape != hidden.shape:
+            raise NotAChain(f"{_described(out)}, not hidden states of its input's shape")
         return out
 
 
@@ -84,12 +89,21 @@ class NotAChain(Exception):
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, names: Sequence[str], data: Iterable[Any], progress: Progress = iter
+    model: nn.Module,
+    names: Sequence[str],
+    data: Iterable[Any],
+    progress: Progress = iter,
+    *,
+    run_first: bool = True,
 ) -> BlockStream:
     """What enters the first of the named blocks, and how each block is called.
 
     The first batch runs through the whole model, which shows that each block's output is the
     next one's input. For the others the blocks are skipped, so this takes little time.
+
+    Args:
+        run_first: false: skip the blocks in the first batch too, as they have no weights yet;
+            what a block returns is then only checked when it runs (:meth:`BlockCall.run`).
 
     Raises:
         NotAChain: the blocks are not called once each, in order, on each other's output.
@@ -99,9 +113,12 @@ def capture(
     stream = BlockStream(list(names), [], [], [])
     with eval_mode(model):
         for index, batch in enumerate(progress(batches_of(data))):
-            calls, inputs, outputs = _watch(model, blocks, batch, index, skip=index > 0)
+            skip = index > 0 or not run_first
+            calls, inputs, outputs = _watch(model, blocks, batch, index, skip)
             if index == 0:
                 _check_chain(names, inputs, outputs)
+            if inputs[0].is_meta:
+                raise NotAChain(f"what enters {names[0]} comes from blocks without weights")
             stream.hidden.append(inputs[0])
             stream.calls.append(calls)
             stream.masks.append(padding_mask(batch))
@@ -159,6 +176,12 @@ def _replaced_forwards(
             del block.forward
             if forward is not None:
                 block.forward = forward
+
+
+def _described(out: Any) -> str:
+    if isinstance(out, Tensor):
+        return f"it returns a tensor of shape {list(out.shape)}"
+    return f"it returns a {type(out).__name__}"
 
 
 def _check_chain(names: Sequence[str], inputs: list[Tensor], outputs: list[Any]) -> None:

@@ -13,11 +13,13 @@ from ptq.model.limits import check_tokens, max_positions, require_causal, requir
 from ptq.model.load import load_float
 from ptq.model.skeleton import fill_computed_buffers, skeleton
 from ptq.model.source import ModelSource, load_model, load_model_config, resolve_device
+from ptq.model.streaming import StreamedModel, stream_model
 from ptq.model.tokenizer import load_tokenizer
 
 __all__ = [
     "LayerInfo",
     "ModelSource",
+    "StreamedModel",
     "block_lists",
     "cast_parameters",
     "check_finite",
@@ -35,4 +37,5 @@ __all__ = [
     "require_token_ids",
     "resolve_device",
     "skeleton",
+    "stream_model",
 ]

@@ -185,12 +185,21 @@ def check_finite(model: nn.Module) -> None:
                 f"tensor {name} has no values (it is on the meta device, or offloaded); "
                 "load the whole model on cpu or cuda"
             )
-        if tensor.is_floating_point() and not is_finite(tensor):
-            bad = int((~tensor.isfinite()).sum())
-            raise ModelError(
-                f"tensor {name} has {bad} NaN or Inf of {tensor.numel()} values; "
-                "the model is damaged, load it from a good source"
-            )
+        check_values(name, tensor)
+
+
+def check_values(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor with values that are not numbers.
+
+    Raises:
+        ModelError: NaN or Inf; the tensor is named.
+    """
+    if tensor.is_floating_point() and not is_finite(tensor):
+        bad = int((~tensor.isfinite()).sum())
+        raise ModelError(
+            f"tensor {name} has {bad} NaN or Inf of {tensor.numel()} values; "
+            "the model is damaged, load it from a good source"
+        )
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,0 +1,133 @@
+"""The loop of GPTQ: columns are rounded one by one, and those that follow take up the error."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq.algorithms.clip import ClipOptions, range_qparams, search_qparams
+from ptq.config import WeightScheme
+from ptq.core import QParams
+
+
+@dataclass(eq=False)
+class Codes:
+    """Codes and scales in the layout of the work, [K, N]: a column of the weight is a row.
+
+    Args:
+        steps: float32 [K, N], whole: code minus zero point.
+        scale: float32 [G, N], of values that the scheme's dtype can hold.
+        zero_point: float32 [G, N].
+    """
+
+    steps: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    @classmethod
+    def of(cls, qparams: QParams, rows: int, columns: int) -> "Codes":
+        """No codes yet; a scale of the whole tensor is repeated for each row."""
+        scale = qparams.scale.float().expand(rows, -1).T.contiguous()
+        zero_point = torch.zeros_like(scale)
+        if qparams.zero_point is not None:
+            zero_point.copy_(qparams.zero_point.expand(rows, -1).T)
+        return cls(scale.new_zeros(columns, rows), scale, zero_point)
+
+    @property
+    def group_size(self) -> int:
+        return self.steps.shape[0] // self.scale.shape[0]
+
+    def values(self) -> Tensor:
+        """float32 [K, N]: what the codes stand for."""
+        return self.steps * self.scale.repeat_interleave(self.group_size, 0)
+
+    def qparams(self, scheme: WeightScheme) -> QParams:
+        """Scale and zero point, shaped ``granularity.scale_shape``."""
+        rows = 1 if scheme.granularity == "tensor" else self.scale.shape[1]
+        zero_point = None
+        if not scheme.symmetric:
+            zero_point = self.zero_point[:, :rows].T.contiguous().to(scheme.int_format.dtype)
+        scale = self.scale[:, :rows].T.contiguous()
+        return QParams(scale.to(scheme.torch_scale_dtype), zero_point)
+
+
+@dataclass(frozen=True, eq=False)
+class Compensation:
+    """What the loop needs to know.
+
+    Args:
+        scheme: of the codes.
+        order: int64 [K], the columns in the order in which they are rounded.
+        upper: float32 [K, K], see :class:`ptq.algorithms.hessian.Factor`.
+        importance: float32 [K], the mean squares of the inputs, for the search of scales.
+        search: the options of that search.
+        block: columns between two updates of the rest.
+        sequential: each group's scale is chosen when its first column is reached, from the weights
+            as the errors so far have left them; needs the columns in their own order.
+    """
+
+    scheme: WeightScheme
+    order: Tensor
+    upper: Tensor
+    importance: Tensor
+    search: ClipOptions
+    block: int
+    sequential: bool
+
+    def run(self, target: Tensor) -> Codes:
+        """Algorithm 1 of the paper, on float32 [N, K]."""
+        rows, columns = target.shape
+        if self.sequential:
+            qparams = range_qparams(target, self.scheme)  # each is replaced on the way
+        else:
+            qparams = search_qparams(target, self.scheme, self.importance, self.search)
+        codes = Codes.of(qparams, rows, columns)
+        work = target.T[self.order].contiguous()
+        for start in range(0, columns, self.block):
+            end = min(start + self.block, columns)
+            errors = self._round_block(work, codes, start, end)
+            work[end:].addmm_(self.upper[start:end, end:].T, errors, alpha=-1)
+        steps = torch.empty_like(work)
+        steps[self.order] = work
+        codes.steps = steps
+        return codes
+
+    def _round_block(self, work: Tensor, codes: Codes, start: int, end: int) -> Tensor:
+        """Put steps in the place of the weights of a block.
+
+        Returns:
+            [end - start, N]: what the columns after the block have to take up.
+        """
+        fmt, size, upper = self.scheme.int_format, codes.group_size, self.upper
+        errors = work.new_empty(end - start, work.shape[1])
+        pivots = upper.diagonal()[start:end].tolist()
+        groups = (self.order[start:end] // size).tolist()
+        for i, (pivot, group) in enumerate(zip(pivots, groups, strict=True), start):
+            if self.sequential and i % size == 0:
+                self._rescale(work, codes, errors[: i - start], i, end)
+            scale, zero_point = codes.scale[group], codes.zero_point[group]
+            steps = (work[i] / scale).round_().add_(zero_point)
+            steps.clamp_(fmt.qmin, fmt.qmax).sub_(zero_point)
+            error = torch.addcmul(work[i], steps, scale, value=-1, out=errors[i - start])
+            error.div_(pivot)
+            work[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+            work[i] = steps
+        return errors
+
+    def _rescale(self, work: Tensor, codes: Codes, errors: Tensor, first: int, end: int) -> None:
+        """Choose the scale of the group that starts at column ``first``.
+
+        Args:
+            errors: of the columns of this block before it; columns from ``end``, the next block's,
+                have not taken them up yet.
+        """
+        last, start = first + codes.group_size, first - len(errors)
+        group = work[first:last].clone()
+        if last > end:
+            group[end - first :].addmm_(self.upper[start:first, end:last].T, errors, alpha=-1)
+        importance = self.importance[first:last]
+        found = search_qparams(group.T.contiguous(), self.scheme, importance, self.search)
+        index = first // codes.group_size
+        codes.scale[index] = found.scale[:, 0]
+        if found.zero_point is not None:
+            codes.zero_point[index] = found.zero_point[:, 0]

