@@ -1,5 +1,6 @@
 """CPU kernel over int8 codes and int8 activations: torch's integer matmul."""
 
+import platform
 from dataclasses import dataclass
 from functools import cache
 
@@ -50,6 +51,17 @@ def vnni_reason(spec: LinearSpec) -> str | None:
     return None
 
 
+def plain_loop() -> str | None:
+    """Why integer products are slow on this processor.
+
+    Without VNNI torch 2.13 multiplies int8 in a plain loop: 1536 x 576 by 512 rows takes 34 times
+    as long as in float32 on a Zen 3 (268 against 7.8 ms).
+    """
+    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_vnni_supported():
+        return "this processor has no VNNI: the op is a plain loop, slower than float"
+    return None
+
+
 def int_product(x: Tensor, w: Tensor) -> Tensor:
     """The exact product [M, N] (int32) of x [M, K] and w [N, K] (int8); strides may be any.
 
@@ -78,6 +90,9 @@ class IntMM:
         return vnni_reason(spec) or one_column(spec) or integer_reason(spec)
 
     def declines(self, spec: LinearSpec) -> str | None:
+        reason = plain_loop()
+        if reason is not None:
+            return reason
         if 2 <= spec.m <= 6 and Int8Pack().supports(spec) is None:
             return "2 to 6 rows: slower than int8pack"
         return None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ptq.core import QuantizedWeight
 from ptq.kernels.activations import Activation
-from ptq.kernels.cpu_int_mm import vnni_reason
+from ptq.kernels.cpu_int_mm import plain_loop, vnni_reason
 from ptq.kernels.integer import integer_reason, integer_tolerance
 from ptq.kernels.spec import LinearSpec, second_form
 
@@ -36,6 +36,8 @@ class OneDnn:
         reason = vnni_reason(spec) or integer_reason(spec)
         if reason is not None:
             return reason
+        if plain_loop() is not None:  # _int_mm is exact then, oneDNN's product is not
+            return "this processor has no VNNI: oneDNN's product saturates"
         assert spec.activations is not None
         if not spec.symmetric or not spec.activations.symmetric:
             return "for symmetric weights and activations"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ptq.core import QuantizedWeight
 from ptq.kernels.activations import Activation, symmetric_codes
-from ptq.kernels.cpu_int_mm import int_product, one_column, vnni_reason
+from ptq.kernels.cpu_int_mm import int_product, one_column, plain_loop, vnni_reason
 from ptq.kernels.integer import IntCodes, in_float, int_codes
 from ptq.kernels.spec import LinearSpec, few_rows, floats_reason, int8_reason
 
@@ -57,6 +57,9 @@ class TwoDigit:
         return one_column(spec)
 
     def declines(self, spec: LinearSpec) -> str | None:
+        reason = plain_loop()
+        if reason is not None:
+            return reason
         if spec.n * spec.k < self.large:
             return f"fewer than {self.large} weights: splitting x costs more than it saves"
         if spec.m <= self.few:
