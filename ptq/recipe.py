@@ -42,7 +42,8 @@ class Recipe:
 
 
 def auto_steps(scheme: Scheme) -> list[Plugin]:
-    """The steps that measured best for schemes of this kind; docs/accuracy.md has the figures."""
+    """The steps for schemes of this kind: docs/accuracy.md has the figures below 8 bits; with 8-bit
+    activations they have been compared on single blocks only."""
     bits = scheme.weights.int_format.bits
     if bits == 8:
         return _plugins("rtn") if scheme.activations is None else _plugins("smoothquant", "gptq")

@@ -12,7 +12,8 @@ from ptq.errors import ConfigError
 from ptq.report import Console
 
 COMMAND = """python scripts/bench_accuracy.py --data eval.txt --calibration calib.txt \\
-  --windows 205 --schemes SCHEME ... --recipes RECIPE ... --json docs/accuracy.json
+  --windows WINDOWS --schemes SCHEME ... --recipes RECIPE ... --configs FILE ... \\
+  --json docs/accuracy.json
 python scripts/make_accuracy_page.py docs/accuracy.json"""
 
 
