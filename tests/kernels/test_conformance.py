@@ -114,8 +114,9 @@ def test_equals_the_reference_where_it_claims_to(
 
 
 @pytest.mark.parametrize("kernel", [*CPU_KERNELS, *CUDA_KERNELS], ids=lambda k: k.name)
-def test_every_kernel_supports_something(kernel: Kernel) -> None:
+def test_every_kernel_supports_something(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that refuses everything would pass the conformance test idly."""
+    monkeypatch.setattr("ptq.kernels.cpu_int_mm.has_vnni", lambda: True)
     device = "cuda" if kernel.name.startswith("cuda") else "cpu"
     found = 0
     for weights in WEIGHTS:
@@ -184,7 +185,10 @@ def test_the_choice_depends_on_the_rows() -> None:
     assert any(name == "int4pack" and "slower" in why for name, why in ranges[1].refused)
 
 
-def test_int8_activations_take_the_weight_only_kernel_for_two_to_six_rows() -> None:
+def test_int8_activations_take_the_weight_only_kernel_for_two_to_six_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ptq.kernels.cpu_int_mm.has_vnni", lambda: True)
     scheme = Scheme.model_validate({"activations": {"mode": "dynamic"}})
     weight = make_weight(64, 128, scheme)
     assert weight is not None
