@@ -1,7 +1,6 @@
 """Running a model over calibration batches while observers watch its layers' inputs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.calibrate.inputs import all_finite, batches_of, call, padding_mask, unmasked_rows
+from ptq.calibrate.inside import watching
 from ptq.config import Plugin
 from ptq.errors import CalibrationError
 from ptq.model import eval_mode
@@ -82,7 +82,7 @@ def collect(
     }
     watch = _Watch(observers, dict.fromkeys(modules, 0))
     batches = progress(batches_of(data))
-    with _watching(modules, watch), eval_mode(model):
+    with watching(modules, watch.see), eval_mode(model):
         for index, batch in enumerate(batches):
             watch.batches, watch.mask = index + 1, padding_mask(batch)
             call(model, batch, index)
@@ -98,24 +98,6 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     if not isinstance(module, nn.Linear):
         raise CalibrationError(f"layer {name} is a {type(module).__name__}, not an nn.Linear")
     return module
-
-
-@contextmanager
-def _watching(modules: Mapping[str, nn.Module], watch: _Watch) -> Iterator[None]:
-    """Hooks on the layers, taken off whatever happens."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        return lambda _, args, kwargs: watch.see(name, args[0] if args else kwargs["input"])
-
-    handles = [
-        module.register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name, module in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _refuse_unreached(watch: _Watch) -> None:

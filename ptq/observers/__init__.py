@@ -1,10 +1,5 @@
 """Observers: what calibration remembers of a layer's input, in fixed memory."""
 
-import difflib
-from typing import Any
-
-from pydantic import ValidationError
-
 from ptq.config import Plugin
 from ptq.errors import ConfigError
 from ptq.observers.base import Observer
@@ -14,6 +9,7 @@ from ptq.observers.moving_average import MovingAverage
 from ptq.observers.mse import MSE
 from ptq.observers.percentile import Percentile
 from ptq.observers.second_moment import Moments, SecondMoment
+from ptq.plugins import check_options, nearest
 
 OBSERVERS: dict[str, type[Observer]] = {
     "minmax": MinMax,
@@ -37,28 +33,8 @@ def make_observer(plugin: Plugin, channels: int | None = None) -> Observer:
         ConfigError: no such observer or option, or a value that the option cannot take.
     """
     if plugin.name not in OBSERVERS:
-        hint = _nearest(plugin.name, list(OBSERVERS), "known observers")
+        hint = nearest(plugin.name, OBSERVERS, "known observers")
         raise ConfigError(f"unknown observer {plugin.name!r}; {hint}")
     observer = OBSERVERS[plugin.name]
-    try:
-        options = observer.Options.model_validate(plugin.options)
-    except ValidationError as error:
-        known = list(observer.Options.model_fields)
-        lines = [_explain(detail, known) for detail in error.errors()]
-        raise ConfigError(f"observer {plugin.name}: {'; '.join(lines)}") from None
+    options = check_options("observer", plugin, observer.Options)
     return observer(channels, options)
-
-
-def _explain(detail: Any, known: list[str]) -> str:
-    key = ".".join(map(str, detail["loc"]))
-    if detail["type"] == "extra_forbidden":
-        return f"unknown option {key!r}; {_nearest(key, known, 'options')}"
-    message = detail["msg"][0].lower() + detail["msg"][1:]
-    return f"option {key!r}: {message}, got {detail['input']!r}"
-
-
-def _nearest(name: str, known: list[str], what: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    return f"{what}: {', '.join(known) or 'none'}"
