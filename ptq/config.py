@@ -144,6 +144,11 @@ class Scheme(Section):
 
     weights: WeightScheme = Field(default_factory=lambda: WeightScheme.model_validate({}))
     activations: ActivationScheme | None = Field(None, description="null: left in float")
+    input_rotation: Literal["hadamard"] | None = Field(
+        None,
+        description="how the input's channels are mixed before they are quantized; decided by the "
+        "recipe's step rotation",
+    )
 
     def __str__(self) -> str:
         w, a = self.weights, self.activations
@@ -152,7 +157,7 @@ class Scheme(Section):
         text += "" if w.symmetric else "-asym"
         if a is not None:
             text += ("-static" if a.mode == "static" else "") + ("" if a.symmetric else "-aasym")
-        return text
+        return text + ("" if self.input_rotation is None else "-rotated")
 
 
 def preset(name: str) -> Scheme:
@@ -323,9 +328,9 @@ class QuantizationConfig(Section):
         list[Annotated[Plugin, BeforeValidator(_plugin_from_name)]], BeforeValidator(_list_from_one)
     ] = Field(
         default_factory=lambda: [Plugin(name="rtn")],
-        description="steps, in order: transforms (smoothquant, awq), one algorithm (rtn, gptq, "
-        "gptaq, hqq), refinements (learned_rounding); each a name, or name and options; or auto: "
-        "what measured best for the scheme",
+        description="steps, in order: transforms (smoothquant, awq, rotation), one algorithm (rtn, "
+        "gptq, gptaq, hqq), refinements (learned_rounding); each a name, or name and options; or "
+        "auto: what measured best for the scheme",
     )
     tied_embeddings: Literal["keep", "untie"] = Field(
         "keep",
@@ -336,6 +341,16 @@ class QuantizationConfig(Section):
     evaluation: Annotated[EvaluationConfig | None, BeforeValidator(_text_from_source)] = None
     generation: GenerationConfig | None = None
     output: Annotated[OutputConfig | None, BeforeValidator(_output_from_dir)] = None
+
+    @model_validator(mode="after")
+    def _rotation_is_a_step(self) -> Self:
+        schemes = (self.scheme, self.embeddings, *(rule.scheme for rule in self.rules))
+        if any(scheme is not None and scheme.input_rotation is not None for scheme in schemes):
+            raise ValueError(
+                "input_rotation is decided for each layer by the recipe; "
+                "leave it out of the scheme and add the step: recipe: [rotation, rtn]"
+            )
+        return self
 
     @field_validator("embeddings")
     @classmethod

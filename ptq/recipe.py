@@ -89,6 +89,12 @@ def make_recipe(steps: Sequence[Plugin], scheme: Scheme) -> Recipe:
             )
         last = place
         chosen[_ORDER[place]].append(step)
+    transforms = [step.name for step in chosen["transform"]]
+    if "rotation" in transforms[:-1]:
+        raise ConfigError(
+            f"recipe: rotation comes before {transforms[transforms.index('rotation') + 1]}; put it "
+            "last of the transforms: what it rotates can no longer be scaled"
+        )
     if len(chosen["algorithm"]) > 1:
         names = " and ".join(step.name for step in chosen["algorithm"])
         raise ConfigError(f"recipe: {names} are both algorithms; a recipe has one")

@@ -167,7 +167,12 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def _float_weight(layer: QuantLinear | QuantEmbedding, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(layer.quantized_weight.dequantize(dtype), requires_grad=False)
+    made = (
+        layer.float_weight(dtype)
+        if isinstance(layer, QuantLinear)
+        else layer.quantized_weight.dequantize(dtype)
+    )
+    return nn.Parameter(made, requires_grad=False)
 
 
 def _float_linear(layer: QuantLinear, weight: nn.Parameter | None, dtype: torch.dtype) -> nn.Linear:

@@ -22,6 +22,7 @@ from ptq.config import Plugin, Scheme
 from ptq.core import QuantizedWeight
 from ptq.errors import CalibrationError, PTQError, UnsupportedError
 from ptq.model import block_lists, eval_mode
+from ptq.modules import input_rotation, remove_input_rotation
 from ptq.recipe import Recipe
 from ptq.refine import BlockJob, DistillJob, LayerState, quantized_inputs
 from ptq.swap import place
@@ -147,6 +148,7 @@ class Blockwise:
         block = self.model.get_submodule(name)
         linears = _linears(block, schemes)
         self._transform(stream, position, block, schemes)
+        schemes = {key: _as_transformed(schemes[key], linears[key]) for key in linears}
         seen = self._new_seen(schemes)
         if not seen.idle:
             self._watch(seen, stream, exact, position, linears)
@@ -228,6 +230,7 @@ class Blockwise:
 
     def _place(self, prefix: str, layers: Mapping[str, LayerState]) -> None:
         for key, state in layers.items():
+            remove_input_rotation(state.linear)
             place(self.model, f"{prefix}{key}", state.weight, state.scheme)
             self.done.add(f"{prefix}{key}")
 
@@ -250,6 +253,13 @@ class Blockwise:
 def _linears(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
     layers = {name: module.get_submodule(name) for name in names}
     return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+
+
+def _as_transformed(scheme: Scheme, linear: nn.Linear) -> Scheme:
+    """The scheme of a layer after the transforms."""
+    if input_rotation(linear) is None:
+        return scheme
+    return scheme.model_copy(update={"input_rotation": "hadamard"})
 
 
 def _with_input(

@@ -3,15 +3,19 @@
 from ptq.core.affine import QParams, choose_qparams, dequantize, quantize
 from ptq.core.finite import is_finite
 from ptq.core.granularity import Granularity
+from ptq.core.hadamard import hadamard
 from ptq.core.packing import pack, packed_width, unpack
 from ptq.core.quantized_weight import QuantizedWeight
+from ptq.core.rotation import Rotation
 
 __all__ = [
     "Granularity",
     "QParams",
     "QuantizedWeight",
+    "Rotation",
     "choose_qparams",
     "dequantize",
+    "hadamard",
     "is_finite",
     "pack",
     "packed_width",

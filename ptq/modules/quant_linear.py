@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.config import Scheme
-from ptq.core import QuantizedWeight
+from ptq.core import QuantizedWeight, Rotation
 from ptq.kernels import Activation, Kernel, LinearSpec, quantize_activation, select
 from ptq.modules.buffers import empty_weight, held_weight, kept_scales, register, share
 from ptq.modules.shared_input import SharedInput
@@ -39,6 +39,8 @@ class QuantLinear(nn.Module):
         self.scheme = scheme
         register(self, weight)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        rotated = scheme.input_rotation is not None
+        self.rotation = Rotation.of(self.in_features) if rotated else None
         self.shared_input: SharedInput | None = None
         self.tied_to: tuple[nn.Module, ...] = ()  # a tuple: the owner is no submodule
         self._prepared: dict[tuple[str, torch.dtype], Any] = {}
@@ -69,8 +71,13 @@ class QuantLinear(nn.Module):
 
         For code that looks at ``linear.weight``; in the dtype of the bias, else float32.
         """
-        dtype = torch.float32 if self.bias is None else self.bias.dtype
-        return self.quantized_weight.dequantize(dtype)
+        return self.float_weight(torch.float32 if self.bias is None else self.bias.dtype)
+
+    def float_weight(self, dtype: torch.dtype) -> Tensor:
+        """What the codes stand for: the weight [out_features, in_features] of an ``nn.Linear``."""
+        if self.rotation is None:
+            return self.quantized_weight.dequantize(dtype)
+        return self.rotation.restored(self.quantized_weight.dequantize()).to(dtype)
 
     def spec(self, device: str, dtype: torch.dtype, m: int) -> LinearSpec:
         """What a kernel is asked for m rows in this dtype."""
@@ -94,12 +101,15 @@ class QuantLinear(nn.Module):
     def _activation(self, x: Tensor, rows: Tensor, codes: torch.dtype) -> Activation:
         """x as the kernel wants it: float, or codes of a dtype, which siblings may have made."""
         scheme = self.scheme.activations
-        if scheme is None:
+        if scheme is None and self.rotation is None:
             return Activation(rows)
-        make = partial(
-            quantize_activation, rows, scheme, self.input_scale, self.input_zero_point, codes
-        )
+        make = partial(self._new_activation, rows, codes)
         return make() if self.shared_input is None else self.shared_input.get(x, codes, make)
+
+    def _new_activation(self, rows: Tensor, codes: torch.dtype) -> Activation:
+        rotated = rows if self.rotation is None else self.rotation(rows)
+        scheme = self.scheme.activations
+        return quantize_activation(rotated, scheme, self.input_scale, self.input_zero_point, codes)
 
     def kernel(self, rows: Tensor) -> Kernel:
         """The kernel for this many rows: the measured choice, or the rule of thumb."""

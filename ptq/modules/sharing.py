@@ -30,17 +30,19 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantLinear | QuantEmbeddin
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Let quantized layers of one parent module that quantize alike quantize their input once.
+    """Let quantized layers of one parent module that quantize alike quantize (and rotate) their
+    input once.
 
-    Dynamic activations only: static ones have a scale of their own for each layer.
+    Not with static activations: they have a scale of their own for each layer.
     """
     for parent in model.modules():
         alike: dict[Any, list[QuantLinear]] = defaultdict(list)
         for child in parent.children():
             if isinstance(child, QuantLinear):
-                activations = child.scheme.activations
-                if activations is not None and activations.mode == "dynamic":
-                    alike[child.in_features, activations].append(child)
+                activations, rotation = child.scheme.activations, child.scheme.input_rotation
+                dynamic = activations is not None and activations.mode == "dynamic"
+                if dynamic or (activations is None and rotation is not None):
+                    alike[child.in_features, activations, rotation].append(child)
         for layers in alike.values():
             shared = SharedInput(len(layers)) if len(layers) > 1 else None
             for layer in layers:

@@ -5,12 +5,13 @@ from ptq.transforms.apply import apply_scale
 from ptq.transforms.awq import AWQOptions, awq
 from ptq.transforms.base import ChannelStats, ScaleGroup, Transform
 from ptq.transforms.groups import find_groups
-from ptq.transforms.hadamard import hadamard, rotation
+from ptq.transforms.rotation import RotationOptions, rotate
 from ptq.transforms.smoothquant import SmoothQuantOptions, smoothquant
 
 TRANSFORMS: dict[str, Transform] = {
     "smoothquant": Transform(smoothquant, SmoothQuantOptions),
     "awq": Transform(awq, AWQOptions),
+    "rotation": Transform(rotate, RotationOptions),
 }
 
 __all__ = [
@@ -20,6 +21,4 @@ __all__ = [
     "Transform",
     "apply_scale",
     "find_groups",
-    "hadamard",
-    "rotation",
 ]

@@ -42,9 +42,12 @@ class Target:
 
         Plainly the sum of squares: which rows count is decided by who samples them.
         """
-        weight = (self.weight.float() * s).to(self.weight.dtype)
-        codes = round_to_nearest(weight, self.scheme.weights)
-        x = quantize_input(self.rows / s, self.scheme.activations)
+        return self.error_of(self.rows / s, self.weight.float() * s)
+
+    def error_of(self, rows: Tensor, weight: Tensor) -> float:
+        """The same for other rows and another weight, both float32, whose product is the same."""
+        codes = round_to_nearest(weight.to(self.weight.dtype), self.scheme.weights)
+        x = quantize_input(rows, self.scheme.activations)
         return float((x @ codes.dequantize().T - self.exact).square().sum(dtype=torch.float64))
 
 

@@ -13,7 +13,8 @@ from tests.helpers import quant_linear
 from tests.transforms.models import FAMILIES, Called, block_of
 
 SCHEMES = ["w8a8", "w4a16-g8-asym", "w4a8", "w8a8-static"]
-NORM = ScaleGroup("norm", ("linear",), "norm")
+SCALING = ["smoothquant", "awq"]
+LEFT = ("no scaling is best", "not rotated")  # words of notes on what stays as it is
 
 
 def stats_of(samples: dict[str, Tensor]) -> dict[str, ChannelStats]:
@@ -58,16 +59,17 @@ def test_the_float_block_stays_what_it_was(name: str, family: str, scheme: str) 
     weights = {n: w.clone() for n, w in weights.items()}
     groups = find_groups(called.block, called.arguments, called.keywords)
     notes = transform(name, called, dict.fromkeys(called.linears(), preset(scheme)))
-    assert [note.split(":")[0] for note in notes] == [str(group) for group in groups]
+    named = [note.split(":")[0] for note in notes]
+    assert named[: len(groups)] == [str(group) for group in groups]
     torch.testing.assert_close(called.run(), before, rtol=1e-4, atol=2e-5)
-    scaled = [note for note in notes if "no scaling" not in note]
+    scaled = [note for note in notes if not any(word in note for word in LEFT)]
     changed = [n for n, w in called.block.state_dict().items() if not torch.equal(w, weights[n])]
     assert bool(changed) == bool(scaled)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a16-g8-asym", "w4a8"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "bert", "gpt_neox"])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", SCALING)
 def test_no_group_gets_worse_and_some_get_better(name: str, family: str, scheme: str) -> None:
     called, rule = block_of(family), preset(scheme)
     groups = find_groups(called.block, called.arguments, called.keywords)
@@ -164,7 +166,7 @@ def test_a_static_input_has_the_range_of_its_rows(symmetric: bool) -> None:
     assert torch.equal(quantize_input(x, None), x)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", SCALING)
 def test_channels_without_input_keep_their_scale(name: str) -> None:
     called = pair([3], 50.0)
     called.arguments[0][..., 9] = 0.0
@@ -175,7 +177,7 @@ def test_channels_without_input_keep_their_scale(name: str) -> None:
     assert not torch.equal(new[:, 3], old[:, 3])
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", SCALING)
 def test_groups_that_are_left_alone(name: str) -> None:
     called = block_of("llama")
     weights = {n: w.clone() for n, w in called.block.state_dict().items()}
@@ -193,7 +195,7 @@ def test_groups_that_are_left_alone(name: str) -> None:
     assert all(torch.equal(after[n], w) for n, w in weights.items())
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", SCALING)
 def test_float_readers_of_a_scaled_norm_are_scaled_along(name: str) -> None:
     called = block_of("llama")
     before = called.run()

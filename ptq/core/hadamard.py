@@ -32,17 +32,9 @@ def hadamard(n: int) -> Tensor:
     return matrix
 
 
-def rotation(n: int) -> Tensor:
-    """An orthogonal float32 [n, n]: the largest Hadamard matrix whose order divides n, along the
-    diagonal, divided by the root of its order.
-
-    Raises:
-        UnsupportedError: n is not positive.
-    """
-    if n < 1:
-        raise UnsupportedError(f"a rotation of {n} channels was asked for; give at least 1")
-    order = max(m for m in range(1, n + 1) if n % m == 0 and _core(m) is not None)
-    return torch.kron(torch.eye(n // order), hadamard(order) / order**0.5)
+def orders_dividing(n: int) -> list[int]:
+    """The orders up to n, ascending, that divide n and that there is a matrix for."""
+    return [m for m in range(1, n + 1) if n % m == 0 and _core(m) is not None]
 
 
 def _core(n: int) -> int | None:
