@@ -1,7 +1,8 @@
 """What the linear layers inside one block see, while a stream runs through it."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,32 +39,52 @@ def inputs_of(
     """For each batch, the rows [R, K] that each layer reads; layers that read the same tensor
     get the same object.
 
-    A layer that the batch does not reach (an expert) is left out.
+    A layer that the batch does not reach (an expert) is left out. What the block does after the
+    last of the layers is left out as well, once a batch has shown that it reaches each once.
 
     Raises:
         CalibrationError: NaN or Inf (layer and batch are named).
     """
+    once = False
     for index, hidden in enumerate(stream.hidden):
-        rows: dict[str, Tensor] = {}
-        seen: list[tuple[Tensor, Tensor]] = []  # kept alive, so that identity means identity
-
-        def see(
-            name: str,
-            x: Tensor,
-            index: int = index,
-            rows: dict[str, Tensor] = rows,
-            seen: list[tuple[Tensor, Tensor]] = seen,
-        ) -> None:
-            known = next((r for tensor, r in seen if tensor is x), None)
-            if known is None:
-                known = unmasked_rows(x.detach(), stream.masks[index])
-                _refuse_nan(f"{stream.names[position]}.{name}", known, index)
-                seen.append((x, known))
-            rows[name] = torch.cat([rows[name], known]) if name in rows else known
-
-        with watching(layers, see), torch.no_grad():
+        seen = _Seen(stream, position, index, len(layers) if once else 0)
+        with watching(layers, seen), torch.no_grad(), suppress(_Enough):
             stream.calls[index][position].run(block, hidden)
-        yield rows
+        once = once or seen.calls == len(seen.rows) == len(layers)
+        yield seen.rows
+
+
+class _Enough(Exception):
+    """Every layer has been reached."""
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What the layers of a block read of one batch.
+
+    Args:
+        enough: end the run when this many layers have been reached; 0 for never.
+    """
+
+    stream: BlockStream
+    position: int
+    index: int
+    enough: int
+    rows: dict[str, Tensor] = field(default_factory=dict, init=False)
+    calls: int = field(default=0, init=False)
+    tensors: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
+    """What was read, and its rows; kept alive, so that identity means identity."""
+
+    def __call__(self, name: str, x: Tensor) -> None:
+        self.calls += 1
+        known = next((rows for tensor, rows in self.tensors if tensor is x), None)
+        if known is None:
+            known = unmasked_rows(x.detach(), self.stream.masks[self.index])
+            _refuse_nan(f"{self.stream.names[self.position]}.{name}", known, self.index)
+            self.tensors.append((x, known))
+        self.rows[name] = torch.cat([self.rows[name], known]) if name in self.rows else known
+        if len(self.rows) == self.enough:
+            raise _Enough
 
 
 def inputs_of_model(
