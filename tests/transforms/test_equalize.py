@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from ptq.config import Scheme, as_config, preset
 from ptq.errors import ConfigError
 from ptq.recipe import make_recipe
-from tests.helpers import quantize_linears
+from ptq.transforms import ScaleGroup
+from ptq.transforms.chain import Chain
+from ptq.transforms.scaled import ScaledLayer
+from tests.helpers import quant_linear, quantize_linears
 from tests.transforms.models import Called, block_of
 from tests.transforms.test_transforms import transform
 
@@ -145,3 +148,24 @@ def test_options() -> None:
     )
     with pytest.raises(ConfigError, match="unknown option 'iteration'; did you mean 'iterations'"):
         make_recipe(asked.recipe, asked.scheme)
+
+
+def test_an_error_counts_by_the_columns_that_read_it() -> None:
+    """The error of the source, as its reader passes it on where nothing lies between."""
+    called = mlp(16, 24, 8)
+    first, second = called.block[0], called.block[2]
+    chain = Chain(called.block, [ScaleGroup("0", ("2",), "linear")])
+    out, into = torch.rand(24) + 0.5, torch.rand(16) + 0.5
+    x, scheme = torch.randn(50, 16), preset("w4a8")
+    scaled = nn.Linear(16, 24, bias=False)
+    scaled.weight.data = first.weight * into / out[:, None]
+    with torch.no_grad():
+        given = quant_linear(scaled, scheme)(x / into) * out
+    exact = x @ first.weight.T
+    reads = second.weight.double().square().sum(0)
+    expected = ((given - exact).double().square() @ reads).sum() / (
+        exact.double().square() @ reads
+    ).sum()
+    layer = ScaledLayer(first.weight, x, scheme, chain.readers("0"))
+    assert layer.error(out, into) == pytest.approx(float(expected), rel=1e-4)
+    assert torch.equal(chain.readers("2"), torch.ones(8))
