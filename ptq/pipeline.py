@@ -23,6 +23,7 @@ from ptq.calibrate import (
     overlap,
 )
 from ptq.config import (
+    ActivationScheme,
     CalibrationConfig,
     GenerationConfig,
     ModelConfig,
@@ -352,7 +353,8 @@ class _Job:
     def _check_model(self, empty: nn.Module) -> None:
         """Whether a model of this kind can do what the sections ask."""
         if self._calibrates:
-            make_observer(_section(self.config, self.recipe).observer)
+            observer = _section(self.config, self.recipe).observer
+            make_observer(observer, ActivationScheme(mode="static"))
             require_token_ids(empty)
         elif self.config.calibration is not None:
             self.note(

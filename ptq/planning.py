@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq.config import QuantizationConfig, Rule, Scheme, as_config
+from ptq.config import ActivationScheme, QuantizationConfig, Rule, Scheme, as_config
 from ptq.core import packed_width
 from ptq.errors import ConfigError, UnsupportedError
 from ptq.model.layers import LayerInfo, TensorInfo, read_layers
@@ -96,13 +96,13 @@ class Plan:
         return {layer.name: layer.shares for layer in self.layers if layer.shares is not None}
 
     @property
-    def static_layers(self) -> list[str]:
-        """Layers whose input scale must come from calibration."""
-        return [
-            name
+    def static_layers(self) -> dict[str, ActivationScheme]:
+        """Layers whose input scale must come from calibration, and how they are quantized."""
+        return {
+            name: scheme.activations
             for name, scheme in self.schemes.items()
             if scheme.activations is not None and scheme.activations.mode == "static"
-        ]
+        }
 
     @property
     def parameters(self) -> int:

@@ -35,12 +35,12 @@ class SeenInputs:
     def of(
         cls, schemes: Mapping[str, Scheme], observer: Plugin, *, moments: bool, cross: bool
     ) -> "SeenInputs":
-        static = [
-            name
+        observers = {
+            name: make_observer(observer, scheme.activations)
             for name, scheme in schemes.items()
             if scheme.activations is not None and scheme.activations.mode == "static"
-        ]
-        return cls(moments, cross, {name: make_observer(observer) for name in static})
+        }
+        return cls(moments, cross, observers)
 
     @property
     def idle(self) -> bool:

@@ -1,14 +1,13 @@
 """Calibration: text to tokens, and what the layers see of them."""
 
 from ptq.calibrate.capture import LayerStatistics, collect
+from ptq.calibrate.chain import BlockCall, NotAChain
 from ptq.calibrate.documents import Document
 from ptq.calibrate.inputs import batches_of, call
 from ptq.calibrate.inside import inputs_of, inputs_of_model, watching
 from ptq.calibrate.sources import load_documents
 from ptq.calibrate.stream import (
-    BlockCall,
     BlockStream,
-    NotAChain,
     Progress,
     advance,
     capture,

@@ -1,6 +1,6 @@
 """Running a model over calibration batches while observers watch its layers' inputs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ptq.calibrate.inputs import all_finite, batches_of, call, padding_mask, unmasked_rows
 from ptq.calibrate.inside import watching
-from ptq.config import Plugin
+from ptq.config import ActivationScheme, Plugin
 from ptq.errors import CalibrationError
 from ptq.model import eval_mode
 from ptq.observers import Observer, make_observer
@@ -55,7 +55,7 @@ class _Watch:
 @torch.no_grad()  # not inference_mode: a model may keep a tensor, which must stay an ordinary one
 def collect(
     model: nn.Module,
-    layers: Sequence[str],
+    layers: Mapping[str, ActivationScheme],
     data: Iterable[Any],
     observer: Plugin,
     *,
@@ -65,6 +65,7 @@ def collect(
     """Observe the inputs of the named linear layers; the model is left as it was found.
 
     Args:
+        layers: by name, what the ranges are for.
         data: batches: a tensor, a tuple of positional arguments, or a mapping of keyword
             arguments. Where a mapping has an ``attention_mask`` [B, T], inputs of shape [B, T, C]
             or [B * T, C] are seen without the rows it masks.
@@ -77,7 +78,7 @@ def collect(
     """
     modules = {name: _linear(model, name) for name in layers}
     observers = {
-        name: make_observer(observer, linear.in_features if per_channel else None)
+        name: make_observer(observer, layers[name], linear.in_features if per_channel else None)
         for name, linear in modules.items()
     }
     watch = _Watch(observers, dict.fromkeys(modules, 0))

@@ -7,63 +7,18 @@ runs at a time.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ptq.calibrate.chain import BlockCall, NotAChain, check_chain, check_others, others_of
 from ptq.calibrate.inputs import batches_of, call, padding_mask
 from ptq.errors import CalibrationError
 from ptq.model import eval_mode
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class BlockCall:
-    """How the model calls one block, the hidden states left out.
-
-    Args:
-        arguments: positional ones; the first stands for the hidden states if ``keyword`` is None.
-        keyword: name of the argument with the hidden states, or None if it is the first one.
-        keywords: the other keyword arguments: masks, position embeddings.
-    """
-
-    arguments: tuple[Any, ...]
-    keyword: str | None
-    keywords: dict[str, Any]
-
-    @classmethod
-    def of(cls, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple["BlockCall", Tensor]:
-        """The call, and the hidden states taken out of it."""
-        if arguments:
-            return cls(arguments[1:], None, keywords), arguments[0]
-        name = next((k for k, v in keywords.items() if isinstance(v, Tensor)), None)
-        if name is None:
-            raise CalibrationError(
-                "a block was called without a tensor, so it cannot be calibrated"
-            )
-        rest = {key: value for key, value in keywords.items() if key != name}
-        return cls((), name, rest), keywords[name]
-
-    def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """All positional and all keyword arguments."""
-        if self.keyword is None:
-            return (hidden, *self.arguments), self.keywords
-        return (), {self.keyword: hidden, **self.keywords}
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output hidden states.
-
-        Raises:
-            NotAChain: it returns something else, or another shape.
-        """
-        arguments, keywords = self.with_hidden(hidden)
-        out = block(*arguments, **keywords)
-        if not isinstance(out, Tensor) or out.shape != hidden.shape:
-            raise NotAChain(f"{_described(out)}, not hidden states of its input's shape")
-        return out
 
 
 @dataclass(eq=False)
@@ -83,10 +38,6 @@ class BlockStream:
     masks: list[Tensor | None]
 
 
-class NotAChain(Exception):
-    """The blocks do not just hand hidden states from one to the next; the text says why."""
-
-
 @torch.no_grad()
 def capture(
     model: nn.Module,
@@ -99,7 +50,8 @@ def capture(
     """What enters the first of the named blocks, and how each block is called.
 
     The first batch runs through the whole model, which shows that each block's output is the
-    next one's input. For the others the blocks are skipped, so this takes little time.
+    next one's input. For the others the blocks are skipped, so this takes little time; but for the
+    first one, where the blocks hand on what it makes beside the hidden states.
 
     Args:
         run_first: false: skip the blocks in the first batch too, as they have no weights yet;
@@ -111,12 +63,15 @@ def capture(
     """
     blocks = [model.get_submodule(name) for name in names]
     stream = BlockStream(list(names), [], [], [])
+    running = len(blocks) if run_first else 0
     with eval_mode(model):
         for index, batch in enumerate(progress(batches_of(data))):
-            skip = index > 0 or not run_first
-            calls, inputs, outputs = _watch(model, blocks, batch, index, skip)
+            calls, inputs, outputs = _watch(model, blocks, batch, index, running)
             if index == 0:
-                _check_chain(names, inputs, outputs)
+                check_chain(names, inputs, outputs)
+                check_others(names, blocks[0], calls[0], inputs[0], outputs)
+                # What all blocks return behind the hidden states, the first one makes.
+                running = 0 if others_of(outputs[0]) is None else 1
             if inputs[0].is_meta:
                 raise NotAChain(f"what enters {names[0]} comes from blocks without weights")
             stream.hidden.append(inputs[0])
@@ -132,9 +87,13 @@ class _LastBlock(Exception):
 
 
 def _watch(
-    model: nn.Module, blocks: list[nn.Module], batch: Any, index: int, skip: bool
+    model: nn.Module, blocks: list[nn.Module], batch: Any, index: int, running: int
 ) -> tuple[list[BlockCall], list[Tensor], list[Any]]:
-    """Run one batch up to the last block; what each block was called with, and returned."""
+    """Run one batch up to the last block; what each block was called with, and returned.
+
+    So many blocks do run. One that does not returns its hidden states as they are, and behind them
+    what the first block returned there.
+    """
     calls: list[BlockCall] = []
     inputs: list[Tensor] = []
     outputs: list[Any] = []
@@ -142,9 +101,14 @@ def _watch(
     def seen(_: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*arguments: Any, **keywords: Any) -> Any:
             made, hidden = BlockCall.of(arguments, keywords)
+            if len(calls) >= running:
+                made = replace(made, others=others_of(outputs[0]) if outputs else None)
+                out = made.returned(hidden)
+            else:
+                out = original(*arguments, **keywords)
+                made = replace(made, others=others_of(out))
             calls.append(made)
             inputs.append(hidden)
-            out = hidden if skip else original(*arguments, **keywords)
             outputs.append(out)
             if len(calls) == len(blocks):
                 raise _LastBlock
@@ -178,24 +142,6 @@ def _replaced_forwards(
                 block.forward = forward
 
 
-def _described(out: Any) -> str:
-    if isinstance(out, Tensor):
-        return f"it returns a tensor of shape {list(out.shape)}"
-    return f"it returns a {type(out).__name__}"
-
-
-def _check_chain(names: Sequence[str], inputs: list[Tensor], outputs: list[Any]) -> None:
-    for i, out in enumerate(outputs):
-        if isinstance(out, tuple | list) and any(isinstance(x, Tensor) for x in out[1:]):
-            raise NotAChain(f"block {names[i]} returns more than hidden states")
-        if isinstance(out, tuple | list):
-            raise NotAChain(f"block {names[i]} returns a {type(out).__name__}")
-        if not isinstance(out, Tensor) or out.shape != inputs[i].shape:
-            raise NotAChain(f"block {names[i]} does not return hidden states of its input's shape")
-        if i + 1 < len(inputs) and inputs[i + 1] is not out:
-            raise NotAChain(f"block {names[i + 1]} does not read what {names[i]} returns")
-
-
 @torch.no_grad()
 def advance(stream: BlockStream, position: int, block: nn.Module) -> None:
     """Replace the hidden states by what the block makes of them."""
@@ -209,8 +155,10 @@ def outputs_after_blocks(model: nn.Module, stream: BlockStream, batch: Any, inde
     blocks = [model.get_submodule(name) for name in stream.names]
 
     def skipped(block: nn.Module, _: Callable[..., Any]) -> Callable[..., Any]:
-        last = block is blocks[-1]
-        return lambda *args, **kw: stream.hidden[index] if last else BlockCall.of(args, kw)[1]
+        known, last = stream.calls[index][blocks.index(block)], block is blocks[-1]
+        return lambda *args, **kw: known.returned(
+            stream.hidden[index] if last else BlockCall.of(args, kw)[1]
+        )
 
     with _replaced_forwards(blocks, skipped):
         return call(model, batch, index)

@@ -1,6 +1,6 @@
 """Observers: what calibration remembers of a layer's input, in fixed memory."""
 
-from ptq.config import Plugin
+from ptq.config import ActivationScheme, Plugin
 from ptq.errors import ConfigError
 from ptq.observers.base import Observer
 from ptq.observers.entropy import Entropy
@@ -23,10 +23,13 @@ OBSERVERS: dict[str, type[Observer]] = {
 __all__ = ["OBSERVERS", "Moments", "Observer", "SecondMoment", "make_observer"]
 
 
-def make_observer(plugin: Plugin, channels: int | None = None) -> Observer:
+def make_observer(
+    plugin: Plugin, scheme: ActivationScheme, channels: int | None = None
+) -> Observer:
     """An observer with its options checked.
 
     Args:
+        scheme: that the range is for.
         channels: one range for each of so many channels; None: one for the tensor.
 
     Raises:
@@ -37,4 +40,4 @@ def make_observer(plugin: Plugin, channels: int | None = None) -> Observer:
         raise ConfigError(f"unknown observer {plugin.name!r}; {hint}")
     observer = OBSERVERS[plugin.name]
     options = check_options("observer", plugin, observer.Options)
-    return observer(channels, options)
+    return observer(channels, options, scheme)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Protocol
 from pydantic import BaseModel
 from torch import Tensor
 
+from ptq.config import ActivationScheme
 from ptq.errors import CalibrationError
 
 
@@ -14,12 +15,17 @@ class Observer(Protocol):
     Memory does not grow with the number of rows. ``order_dependent`` says whether the range may
     depend on the order of the rows or on how they are split into batches. ``Options`` is the
     pydantic model, ``extra="forbid"``, that checks the options in the configuration.
+
+    Args:
+        channels: one range for each of so many channels; None: one for the tensor.
+        options: an instance of ``Options``.
+        scheme: that the range is for: how many codes, and whether a zero point moves them.
     """
 
     order_dependent: ClassVar[bool]
     Options: ClassVar[type[BaseModel]]
 
-    def __init__(self, channels: int | None, options: Any) -> None: ...
+    def __init__(self, channels: int | None, options: Any, scheme: ActivationScheme) -> None: ...
 
     def update(self, rows: Tensor) -> None:
         """Take in rows [R, C]: floating point, finite; R may be 0, which changes nothing."""

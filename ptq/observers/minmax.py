@@ -6,6 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from ptq.config import ActivationScheme
 from ptq.observers.base import extremes, nothing_seen
 
 
@@ -21,7 +22,7 @@ class MinMax:
     order_dependent: ClassVar[bool] = False
     Options: ClassVar[type[BaseModel]] = MinMaxOptions
 
-    def __init__(self, channels: int | None, options: MinMaxOptions) -> None:
+    def __init__(self, channels: int | None, options: MinMaxOptions, _: ActivationScheme) -> None:
         self.channels = channels
         self.low: Tensor | None = None
         self.high: Tensor | None = None

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ptq.config import ActivationScheme
 from ptq.observers.base import extremes, nothing_seen
 
 
@@ -24,7 +25,9 @@ class MovingAverage:
     order_dependent: ClassVar[bool] = True
     Options: ClassVar[type[BaseModel]] = MovingAverageOptions
 
-    def __init__(self, channels: int | None, options: MovingAverageOptions) -> None:
+    def __init__(
+        self, channels: int | None, options: MovingAverageOptions, _: ActivationScheme
+    ) -> None:
         self.channels = channels
         self.momentum = options.momentum
         self.low: Tensor | None = None

@@ -1,4 +1,4 @@
-"""The range whose int8 codes have the least error."""
+"""The range whose codes have the least error."""
 
 from typing import Annotated, ClassVar
 
@@ -6,11 +6,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ptq.config import ActivationScheme
 from ptq.core import choose_qparams
 from ptq.formats import FORMATS
 from ptq.observers.histogram import Histogram
 
-_FORMAT = FORMATS["int8"]
 _NARROWEST = 16  # bins (of B); a narrower range would be a guess at what lies inside the bins
 _ROUNDS = 8
 _AT_ONCE = 32  # channels: their work space stays in the cache
@@ -20,33 +20,33 @@ class MSEOptions(BaseModel):
     """How to search.
 
     ``grid``: number of shrink factors, in geometric sequence. ``norm``: the power of the error; 2.4
-    clips less. ``symmetric``: one factor for both ends, for scales without a zero point; else one
-    for each end, for scales with one.
+    clips less.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     grid: Annotated[int, Field(ge=2, le=4096)] = 128
     norm: Annotated[float, Field(ge=1, le=8)] = 2.0
-    symmetric: bool = True
 
 
 class MSE:
     """The clipped range with the least mean of ``|x - x'|^norm``.
 
-    x' is what the 256 codes give back for the scale that ``choose_qparams`` makes of the range.
-    The values in a bin of the histogram are taken to be spread evenly over it, and the error is
+    x' is what the scheme's codes give back for the scale that ``choose_qparams`` makes of it. The
+    values in a bin of the histogram are taken to be spread evenly over it, and the error is
     integrated over the bin, so that steps finer than a bin are judged fairly.
 
-    Candidates are the extremes times 1 down to 16 / B (see ``Histogram``). With ``symmetric``,
-    every candidate is tried. Otherwise both ends first shrink alike, and then each in turn while
-    that helps, at most 8 times; of the grid x grid pairs this may miss the best.
+    Candidates are the extremes times 1 down to 16 / B (see ``Histogram``). For a symmetric scheme
+    there is one factor for both ends, and every candidate is tried. For one with a zero point both
+    ends first shrink alike, and then each in turn while that helps, at most 8 times; of the
+    grid x grid pairs this may miss the best.
     """
 
     order_dependent: ClassVar[bool] = False
     Options: ClassVar[type[BaseModel]] = MSEOptions
 
-    def __init__(self, channels: int | None, options: MSEOptions) -> None:
-        self.grid, self.norm, self.symmetric = options.grid, options.norm, options.symmetric
+    def __init__(self, channels: int | None, options: MSEOptions, scheme: ActivationScheme) -> None:
+        self.grid, self.norm = options.grid, options.norm
+        self.symmetric, self.format = scheme.symmetric, FORMATS[scheme.format]
         self.histogram = Histogram(channels)
 
     def update(self, rows: Tensor) -> None:
@@ -92,30 +92,29 @@ class MSE:
 
     def _error(self, low: Tensor, high: Tensor) -> Tensor:
         """Sum of the errors: float64 [C], in units of the bin's width to the power ``norm``."""
-        qparams = choose_qparams(low, high, _FORMAT, symmetric=self.symmetric)
+        qparams = choose_qparams(low, high, self.format, symmetric=self.symmetric)
         step = (qparams.scale.double() / self.histogram.width)[:, None]
         zero_point = qparams.zero_point
         zero = torch.zeros_like(step) if zero_point is None else zero_point.double()[:, None]
         parts = (torch.split(t, _AT_ONCE) for t in (step, zero, self.histogram.counts))
         rows = zip(*parts, strict=True)
-        return torch.cat([_integral(s, z, counts, self.norm) for s, z, counts in rows])
+        return torch.cat([self._integral(*row) for row in rows])
 
+    def _integral(self, step: Tensor, zero: Tensor, counts: Tensor) -> Tensor:
+        """Sum of the errors over the bins, where a bin is one wide: float64 [C].
 
-def _integral(step: Tensor, zero: Tensor, counts: Tensor, norm: float) -> Tensor:
-    """Sum of the errors over the bins, where a bin is one wide: float64 [C].
-
-    Args:
-        step, zero: float64 [C, 1].
-        counts: [C, 2 B].
-    """
-    bins = counts.shape[1] // 2
-    edges = torch.arange(-bins, bins + 1, dtype=torch.float64, device=step.device) / step
-    codes = edges.round().clamp_(_FORMAT.qmin - zero, _FORMAT.qmax - zero)
-    # The integral of |u - code(u)|^norm from zero to u: whole steps, and what is left.
-    power = norm + 1
-    off = edges - codes
-    area = off.abs().pow_(power).copysign_(off).add_(codes.mul_(2 * 0.5**power)).div_(power)
-    return (area.diff(dim=1) * counts).sum(1) * step[:, 0] ** power
+        Args:
+            step, zero: float64 [C, 1].
+            counts: [C, 2 B].
+        """
+        bins = counts.shape[1] // 2
+        edges = torch.arange(-bins, bins + 1, dtype=torch.float64, device=step.device) / step
+        codes = edges.round().clamp_(self.format.qmin - zero, self.format.qmax - zero)
+        # The integral of |u - code(u)|^norm from zero to u: whole steps, and what is left.
+        power = self.norm + 1
+        off = edges - codes
+        area = off.abs().pow_(power).copysign_(off).add_(codes.mul_(2 * 0.5**power)).div_(power)
+        return (area.diff(dim=1) * counts).sum(1) * step[:, 0] ** power
 
 
 def _times(factors: Tensor, end: Tensor) -> Tensor:

@@ -141,7 +141,8 @@ def _distance(made: Any, target: Any, mask: Tensor | None) -> Tensor:
     """KL divergence of logits, else the relative squared difference of hidden states."""
     logits = getattr(made, "logits", None)
     if isinstance(logits, Tensor) and logits.ndim == 3:
-        kept = slice(None) if mask is None else mask.to(logits.device)
+        fits = mask is not None and mask.shape == logits.shape[:2]  # not an encoder's mask
+        kept = mask.to(logits.device) if mask is not None and fits else slice(None)
         ours = F.log_softmax(logits[kept].float(), -1).flatten(0, -2)
         theirs = F.log_softmax(target.logits[kept].float(), -1).flatten(0, -2)
         return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)

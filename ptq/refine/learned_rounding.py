@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ptq.core import pack
 from ptq.refine.base import BlockJob, LayerState, learning, quantized_inputs
+from ptq.refine.loss import block_error, block_loss
 
 _EDGE = 0.49  # of a code's cell: where a weight starts whose code is not the nearest one
 
@@ -147,7 +148,7 @@ def _descend(
             one.show()
         batch = torch.randint(count, (min(options.sequences, count),), generator=generator)
         for index in batch.tolist():
-            _loss(job, index).backward()  # type: ignore[no-untyped-call]
+            block_loss(job, index).backward()  # type: ignore[no-untyped-call]
         now = rate * (1 - iteration / options.iterations)
         for one in learned:
             one.step(now, options)
@@ -164,24 +165,8 @@ def _check_set(count: int, sequences: int) -> list[int]:
     return [i * count // size for i in range(size)]
 
 
-def _loss(job: BlockJob, index: int) -> Tensor:
-    """Mean over the tokens of the squared difference from the float model's hidden states, relative
-    to the token's own mean square: the norm that reads it divides by that, and without it a few
-    tokens with massive activations would be all that counts. Padding is not counted.
-    """
-    call = job.stream.calls[index][job.position]
-    target = job.targets[index].float()
-    made = call.run(job.block, job.stream.hidden[index]).float()
-    size = target.square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    error = (made - target).square().mean(-1) / size
-    mask = job.stream.masks[index]
-    if mask is not None and mask.shape == error.shape:
-        error = error[mask.to(error.device)]
-    return error.mean()
-
-
 @torch.no_grad()
 def _error(job: BlockJob, learned: list[_Learned], check: list[int]) -> float:
     for one in learned:
         one.show()
-    return float(sum(_loss(job, index) for index in check)) / len(check)
+    return block_error(job, check)

@@ -4,6 +4,7 @@ are easier to quantize, while the float block computes what it did."""
 from ptq.transforms.apply import apply_scale
 from ptq.transforms.awq import AWQOptions, awq
 from ptq.transforms.base import ChannelStats, ScaleGroup, Transform
+from ptq.transforms.equalize import EqualizeOptions, equalize
 from ptq.transforms.groups import find_groups
 from ptq.transforms.rotation import RotationOptions, rotate
 from ptq.transforms.smoothquant import SmoothQuantOptions, smoothquant
@@ -11,6 +12,7 @@ from ptq.transforms.smoothquant import SmoothQuantOptions, smoothquant
 TRANSFORMS: dict[str, Transform] = {
     "smoothquant": Transform(smoothquant, SmoothQuantOptions),
     "awq": Transform(awq, AWQOptions),
+    "equalize": Transform(equalize, EqualizeOptions),
     "rotation": Transform(rotate, RotationOptions),
 }
 

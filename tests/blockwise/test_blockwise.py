@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 import ptq
 from ptq.config import QuantizationConfig, as_config
@@ -123,6 +124,35 @@ def test_an_encoder() -> None:
             found = [made(**batch)[0] for batch in batches]
         errors.append(sum(float((a - b).square().sum()) for a, b in zip(found, exact, strict=True)))
     assert errors[1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize("scheme", ["w3a16-g16", "w4a8-g16"])
+@pytest.mark.parametrize("recipe", [["gptaq", LEARNED], ["smoothquant", "gptq", DISTILL]], ids=str)
+def test_an_encoder_decoder(recipe: Any, scheme: str) -> None:
+    """T5: both stacks go block by block; the lengths of their sequences differ, one has padding."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**sizes, vocab_size=97)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q.weight", "k.weight", "v.weight", "o.weight")):
+                parameter.normal_(std=0.2)  # else attention gives next to nothing
+    batches = [
+        {**batch, "attention_mask": torch.ones(1, 24), "decoder_input_ids": tiny_tokens(1, 12)}
+        for batch in data()
+    ]
+    batches[1]["attention_mask"][:, 20:] = 0
+    exact = [model(**batch).logits.detach() for batch in batches]
+    errors = []
+    for steps in (["rtn"], recipe):
+        made = copy.deepcopy(model)
+        result = ptq.quantize(made, config(steps, scheme), calibration=batches)
+        assert not any("chain" in note for note in result.remedies)
+        with torch.no_grad():
+            found = [made(**batch).logits for batch in batches]
+        errors.append(sum(float((a - b).square().sum()) for a, b in zip(found, exact, strict=True)))
+    assert len(quantized_layers(made)) == 2 * 6 + 2 * 10
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_layers_outside_the_blocks_are_quantized_and_noted() -> None:

@@ -13,6 +13,9 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
 )
 
 from ptq.calibrate import (
@@ -50,7 +53,22 @@ def neox() -> PreTrainedModel:
     return GPTNeoXForCausalLM._from_config(GPTNeoXConfig(**SIZES)).eval()
 
 
-MODELS = {"llama": tiny_llama, "gemma": gemma, "opt": opt, "neox": neox, "bert": tiny_bert}
+def t5_encoder() -> PreTrainedModel:
+    return T5EncoderModel._from_config(T5Config(**T5_SIZES)).eval()
+
+
+T5_SIZES = {
+    "d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 3, "num_heads": 4, "vocab_size": 97,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+MODELS = {
+    "t5": t5_encoder,
+    "llama": tiny_llama,
+    "gemma": gemma,
+    "opt": opt,
+    "neox": neox,
+    "bert": tiny_bert,
+}
 
 
 def batches() -> list[dict[str, Tensor]]:
@@ -123,3 +141,74 @@ def test_blocks_that_do_not_follow_each_other_are_no_chain() -> None:
     model = Skipping()
     with pytest.raises(NotAChain, match=r"blocks\.1 does not read what blocks\.0 returns"):
         capture(model, ["blocks.0", "blocks.1"], batches_of([torch.ones(1, 4)]))
+
+
+def test_both_stacks_of_an_encoder_decoder() -> None:
+    """Their blocks hand on the position biases that the first one makes, in each batch its own."""
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration._from_config(T5Config(**T5_SIZES)).eval()
+    data = [
+        {**batch, "decoder_input_ids": tiny_tokens(len(batch["input_ids"]), length)}
+        for batch, length in zip(batches(), (4, 6), strict=True)
+    ]
+    for names in block_lists(model):
+        stream = capture(model, names, data)
+        for position, block in enumerate(names):
+            advance(stream, position, model.get_submodule(block))
+        for index, batch in enumerate(data):
+            with torch.no_grad():
+                expected = model(**batch, use_cache=False).logits
+            assert torch.equal(outputs_after_blocks(model, stream, batch, index).logits, expected)
+
+
+class Biased(nn.Module):
+    """Returns a tuple; the second value is made from what ``source`` says."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.linear, self.source = nn.Linear(4, 4), source
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Any:
+        if self.source == "hidden" and bias is None:
+            bias = x.sum(-1)
+        if self.source == "own" or bias is None:
+            bias = torch.ones(x.shape[:-1])
+        y = self.linear(x) + bias[..., None]
+        return (y,) if self.source == "nothing" else (y, bias)
+
+
+class Handing(nn.Module):
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Biased(source) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Any:
+        bias = None
+        for block in self.blocks:
+            x, *others = block(x, bias)
+            bias = others[0] if others else None
+        return (x,)
+
+
+@pytest.mark.parametrize("source", ["first", "nothing"])
+def test_what_the_first_block_makes_of_no_hidden_states_may_be_handed_on(source: str) -> None:
+    model = Handing(source)
+    data = [torch.randn(2, 5, 4), torch.randn(3, 6, 4)]
+    names = [f"blocks.{i}" for i in range(3)]
+    stream = capture(model, names, data)
+    for position, block in enumerate(model.blocks):
+        advance(stream, position, block)
+    for index, batch in enumerate(data):
+        assert torch.equal(outputs_after_blocks(model, stream, batch, index)[0], model(batch)[0])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hidden", r"blocks\.0 returns more than hidden states, and it depends on them"),
+        ("own", r"blocks\.1 returns more than hidden states, and makes it itself"),
+    ],
+)
+def test_what_depends_on_a_block_is_not_handed_on(source: str, message: str) -> None:
+    with pytest.raises(NotAChain, match=message):
+        capture(Handing(source), [f"blocks.{i}" for i in range(3)], [torch.randn(2, 5, 4)])

@@ -7,18 +7,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq.config import Plugin
+from ptq.config import ActivationScheme, Plugin
 from ptq.errors import CalibrationError, ConfigError
 from ptq.observers import OBSERVERS, Observer, make_observer
 from ptq.observers.histogram import Histogram
 
+STATIC = ActivationScheme(mode="static")
+SCHEMES = [STATIC, ActivationScheme(mode="static", symmetric=False)]
 CHANNELS = (None, 6)
 CASES = [(n, c) for n in OBSERVERS for c in CHANNELS if (n, c) != ("entropy", 6)]
 INDEPENDENT = [(n, c) for n, c in CASES if not OBSERVERS[n].order_dependent]
 
 
-def observe(name: str, parts: list[Tensor], channels: int | None, **options: object) -> Observer:
-    observer = make_observer(Plugin(name=name, options=options), channels)
+def observe(
+    name: str,
+    parts: list[Tensor],
+    channels: int | None,
+    scheme: ActivationScheme = STATIC,
+    **options: object,
+) -> Observer:
+    observer = make_observer(Plugin(name=name, options=options), scheme, channels)
     for part in parts:
         observer.update(part)
     return observer
@@ -44,16 +52,21 @@ def state_bytes(state: object) -> int:
     cuts=st.lists(st.integers(0, 200), max_size=6),
     case=st.sampled_from(INDEPENDENT),
     spread=st.floats(0, 4),
+    scheme=st.sampled_from(SCHEMES),
 )
 def test_the_range_does_not_depend_on_batches_or_order(
-    seed: int, cuts: list[int], case: tuple[str, int | None], spread: float
+    seed: int,
+    cuts: list[int],
+    case: tuple[str, int | None],
+    spread: float,
+    scheme: ActivationScheme,
 ) -> None:
     name, channels = case
     x = rows(200, seed, spread)
-    whole = observe(name, [x], channels).range()
+    whole = observe(name, [x], channels, scheme).range()
     shuffled = x[torch.randperm(200, generator=torch.Generator().manual_seed(seed))]
     parts = list(torch.tensor_split(shuffled, sorted(cuts)))
-    for a, b in zip(whole, observe(name, parts, channels).range(), strict=True):
+    for a, b in zip(whole, observe(name, parts, channels, scheme).range(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -81,10 +94,11 @@ def test_no_rows_is_an_error_and_empty_batches_change_nothing(name: str) -> None
     assert with_empty.range() == observe(name, [rows(20), rows(20, 1)], None).range()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("name", OBSERVERS)
-def test_constant_and_zero_inputs(name: str) -> None:
+def test_constant_and_zero_inputs(name: str, scheme: ActivationScheme) -> None:
     for value in (0.0, 2.5, -1e-30):
-        low, high = observe(name, [torch.full((10, 6), value)], None).range()
+        low, high = observe(name, [torch.full((10, 6), value)], None, scheme).range()
         assert low == high == torch.tensor(value)
 
 
@@ -151,8 +165,9 @@ def test_percentile_per_channel_is_that_of_each_channel() -> None:
         (Plugin(name="minmax", options={"x": 1}), "options: none"),
         (Plugin(name="mse", options={"grid": 1}), "greater than or equal to 2"),
         (Plugin(name="mse", options={"nrm": 2.4}), "did you mean 'norm'"),
+        (Plugin(name="mse", options={"symmetric": True}), "unknown option 'symmetric'"),
     ],
 )
 def test_mistakes(plugin: Plugin, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        make_observer(plugin)
+        make_observer(plugin, STATIC)

@@ -6,37 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptq.algorithms import round_to_nearest
-from ptq.calibrate import BlockCall, BlockStream
-from ptq.config import preset
 from ptq.core import QuantizedWeight, pack
-from ptq.refine import BlockJob, LayerState
+from ptq.refine import BlockJob
 from ptq.refine.learned_rounding import LearnedRoundingOptions, _Learned, learn_rounding
+from tests.refine.jobs import job
 
 SCHEMES = ["w4a16-g16", "w4a16-g16-asym", "w3a16", "w8a16", "w4a16-tensor", "w4a8-g16"]
-
-
-def block() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 32)).requires_grad_(False)
-
-
-def job(scheme: str, sequences: int = 6) -> tuple[BlockJob, nn.Module]:
-    """A block that shows its rounded weights, and the float one."""
-    exact = block()
-    rounded = copy.deepcopy(exact)
-    layers = {}
-    for name in ("0", "2"):
-        linear = rounded.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        codes = round_to_nearest(linear.weight, preset(scheme).weights)
-        layers[name] = LayerState(linear, linear.weight.clone(), preset(scheme), codes)
-        layers[name].show()
-    generator = torch.Generator().manual_seed(1)
-    hidden = [torch.randn(1, 20, 32, generator=generator) for _ in range(sequences)]
-    call = BlockCall((), None, {})
-    stream = BlockStream(["b"], hidden, [[call]] * sequences, [None] * sequences)
-    return BlockJob(rounded, 0, layers, stream, [exact(x) for x in hidden], seed=0), exact
 
 
 def error(made: BlockJob, exact: nn.Module, inputs: list[Tensor]) -> float:

@@ -1,0 +1,52 @@
+"""The error of one quantized layer whose rows and columns are both scaled."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq.algorithms.rtn import round_to_nearest
+from ptq.config import Scheme
+from ptq.transforms.search import quantize_input
+
+
+@dataclass(eq=False)
+class ScaledLayer:
+    """A quantized layer of a chain, before it is scaled.
+
+    Args:
+        weight: float [N, K].
+        rows: of its input, float32 [R, K].
+        scheme: that it will be quantized with.
+        importance: float32 [N], what the square of an error of each output channel counts: the
+            squared norm of the columns that read it. (To first order: what is between the
+            layers is taken to pass errors on as they are, and those of the channels to be
+            independent.)
+    """
+
+    weight: Tensor
+    rows: Tensor
+    scheme: Scheme
+    importance: Tensor
+
+    def __post_init__(self) -> None:
+        self.rows = self.rows.to(self.weight.device)
+        self.exact = self.rows @ self.weight.float().T
+        self.size = self._sum(self.exact)
+
+    def error(self, out: Tensor, into: Tensor) -> float:
+        """``||out * Qa(x / into) Qw(W into / out)^T - x W^T||^2``, channels by their importance,
+        relative to ``||x W^T||^2``; the weight in the dtype of W, rounded to nearest.
+
+        Args:
+            out: float32 [N]; the rows of W are divided by it.
+            into: float32 [K]; its columns are multiplied by it.
+        """
+        weight = (self.weight.float() * into / out[:, None]).to(self.weight.dtype)
+        codes = round_to_nearest(weight, self.scheme.weights)
+        x = quantize_input(self.rows / into, self.scheme.activations)
+        made = x @ codes.dequantize().T * out
+        return self._sum(made - self.exact) / self.size if self.size else 0.0
+
+    def _sum(self, y: Tensor) -> float:
+        return float((y.square() * self.importance).sum(dtype=torch.float64))
