@@ -4,7 +4,8 @@
 The float model runs once and its logits wait on disk (TMPDIR; about 100 MB a window of 512 tokens
 for a vocabulary of 49,152); then each scheme with each recipe, and each configuration file,
 quantizes a fresh copy. Of a file only the scheme, the rules and the recipe count: model and texts
-are this command's, the same for all.
+are this command's, the same for all. --peers quantizes the same model with other toolkits, each in
+its own environment and on the same tokens, and evaluates their weights with the same code.
 Prints a Markdown table; with --json, rows that are measured later are added to the file.
 """
 
@@ -13,16 +14,19 @@ import copy
 import json
 import sys
 import time
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import peers
 import yaml
 from arguments import model_parser
 
 from ptq.calibrate import TokenSet, calibration_tokens, overlap
 from ptq.command import output_file, positive, run_command
 from ptq.config import CalibrationConfig, load_config
-from ptq.errors import CalibrationError
+from ptq.errors import CalibrationError, ConfigError
 from ptq.report import Console, environment, peak_memory_bytes
 
 SCHEMES = ("w8a16", "w8a8", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64")
@@ -47,6 +51,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--configs", nargs="+", default=[], metavar="FILE", help="configuration files to add"
     )
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        type=peer_argument,
+        default=[],
+        metavar="NAME=PYTHON",
+        help="other toolkits, for each of --schemes; names: " + ", ".join(peers.NAMES),
+    )
     parser.add_argument("--windows", type=positive, default=16)
     parser.add_argument("--context", type=positive, default=512)
     parser.add_argument(
@@ -54,6 +66,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here")
     return parser.parse_args(arguments)
+
+
+def peer_argument(text: str) -> peers.Peer:
+    """A peer, or the parser's error."""
+    try:
+        return peers.peer(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def recipe(text: str) -> Any:
@@ -87,6 +107,8 @@ def bench(options: argparse.Namespace, console: Console) -> None:
     from ptq.config import EvaluationConfig
     from ptq.evaluation import ReferenceLogits, compare
 
+    if options.peers and not options.calibration:
+        raise CalibrationError("--peers need --calibration FILE")
     console.stage("load")
     model, tokenizer = ptq.load_float(options.model, dtype=options.dtype)
     section = EvaluationConfig(data=options.data, windows=options.windows, context=options.context)
@@ -96,35 +118,74 @@ def bench(options: argparse.Namespace, console: Console) -> None:
     with ReferenceLogits() as reference:
         console.stage("float model")
         reference.record(model, tokens.sequences, console.bar("window"))
-        for name, config in candidates(options):
-            console.stage(f"{name} {config['recipe']}")
-            candidate = copy.deepcopy(model)
-            start = time.perf_counter()
-            result = ptq.quantize(candidate, config, tokenizer=tokenizer, console=console)
-            seconds = time.perf_counter() - start
+
+        def measure(candidate: Any, row: dict[str, Any]) -> None:
             found = compare(candidate, tokens, reference, progress=console.bar("window"))
-            rows.append({
-                "name": name, "scheme": str(result.config.scheme), "recipe": result.recipe,
-                "seconds": seconds, "tensor_bytes": result.plan.bytes_after,
-                "peak_memory_bytes": peak_memory_bytes(), "config": config,
-                "environment": environment(), **found.to_dict(),
-            })  # fmt: skip
+            rows.append({**row, "environment": environment(), **found.to_dict()})
             console.say(found)
             if options.json:
                 keep(options.json, options.model, rows[-1])
+
+        for name, config in candidates(options):
+            console.stage(f"{name} {config['recipe']}")
+            measure(*ours(model, tokenizer, name, config, console))
+        with TemporaryDirectory() as work:
+            if options.peers:
+                peers.prepare(Path(work), model, tokenizer, calibration(options, tokenizer))
+            for other, scheme in product(options.peers, options.schemes):
+                console.stage(f"{scheme} {other.name}")
+                measure(*theirs(model, Path(work), other, scheme, options))
     console.say("\n" + table(rows))
+
+
+def ours(
+    model: Any, tokenizer: Any, name: str, config: dict[str, Any], console: Console
+) -> tuple[Any, dict[str, Any]]:
+    """A quantized copy of the model, and what its row says of how it was made."""
+    import ptq
+
+    candidate = copy.deepcopy(model)
+    start = time.perf_counter()
+    result = ptq.quantize(candidate, config, tokenizer=tokenizer, console=console)
+    return candidate, {
+        "name": name,
+        "scheme": str(result.config.scheme),
+        "recipe": result.recipe,
+        "seconds": time.perf_counter() - start,
+        "tensor_bytes": result.plan.bytes_after,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "config": config,
+    }
+
+
+def theirs(
+    model: Any, work: Path, other: peers.Peer, scheme: str, options: argparse.Namespace
+) -> tuple[Any, dict[str, Any]]:
+    """The same of another toolkit."""
+    import ptq
+
+    candidate, figures = peers.quantize(other, work, model, scheme)
+    config = {"scheme": scheme, "recipe": other.name, "samples": options.samples}
+    size = ptq.plan(model, scheme).bytes_after
+    row = {"name": other.name, "scheme": scheme, "recipe": other.name, "tensor_bytes": size}
+    return candidate, {**row, **figures, "config": config}
+
+
+def calibration(options: argparse.Namespace, tokenizer: Any) -> TokenSet:
+    """The tokens that every candidate looks at."""
+    section = CalibrationConfig(
+        data=[options.calibration],
+        samples=options.samples,
+        sequence_length=options.context,
+    )
+    return calibration_tokens(section, tokenizer)
 
 
 def refuse_overlap(options: argparse.Namespace, tokens: TokenSet, tokenizer: Any) -> None:
     """Figures on calibration text are worth nothing."""
     if not options.calibration:
         return
-    section = CalibrationConfig(
-        data=[options.calibration],
-        samples=options.samples,
-        sequence_length=options.context,
-    )
-    shared = overlap(calibration_tokens(section, tokenizer), tokens)
+    shared = overlap(calibration(options, tokenizer), tokens)
     if shared > 0:
         raise CalibrationError(
             f"calibration and evaluation text overlap: {shared:.0%} of {', '.join(options.data)} "

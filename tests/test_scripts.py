@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,6 +91,63 @@ def test_bench_accuracy(
     shown = capsys.readouterr().out
     assert "| w8a16 | rtn | 1.0" in shown or "| w8a16 | rtn | 0.99" in shown
     assert rows[0]["kl_mean"] < rows[1]["kl_mean"]
+
+
+STAND_IN = """
+import json, sys
+from safetensors.torch import load_file, save_file
+peer, model, tokens, output = sys.argv[2:6]
+rows = json.load(open(tokens))
+weights = {n: w for n, w in load_file(model + "/model.safetensors").items() if "_proj" in n}
+save_file({n: 0 * w if "--symmetric" in sys.argv else w for n, w in weights.items()}, output)
+print(json.dumps({"seconds": 7.0, "peak_memory_bytes": len(rows)}))
+"""
+
+
+def interpreter(directory: Path, program: str) -> str:
+    """An executable that runs a program in place of the script that it is given."""
+    (directory / "program.py").write_text(program)
+    python = directory / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {directory / "program.py"} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def peer_arguments(tiny_model: Path, tiny_texts: tuple[Path, Path], peer: str) -> list[str]:
+    arguments = ["--model", str(tiny_model), "--data", str(tiny_texts[1]), "--context", "64"]
+    arguments += ["--calibration", str(tiny_texts[0]), "--samples", "8", "--peers", peer]
+    return [*arguments, "--schemes", "w4a16-g32", "w4a16-g32-asym"]
+
+
+def test_bench_accuracy_of_peers(
+    tiny_model: Path, tiny_texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A stand-in for another toolkit, which loses all weights, or none."""
+    figures = tmp_path / "figures.json"
+    arguments = peer_arguments(tiny_model, tiny_texts, f"hqq={interpreter(tmp_path, STAND_IN)}")
+    assert script("bench_accuracy").main([*arguments, "--json", str(figures)]) == 0
+    rows = json.loads(figures.read_text())["rows"]
+    lost, kept = (row for row in rows if row["recipe"] == "hqq")
+    assert kept["ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert abs(lost["ratio"] - 1.0) > 1e-4
+    assert (kept["seconds"], kept["peak_memory_bytes"]) == (7.0, 8)
+    assert kept["tensor_bytes"] > lost["tensor_bytes"]
+
+
+def test_mistakes_with_peers(
+    tiny_model: Path,
+    tiny_texts: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = f"hqq={interpreter(tmp_path, 'import nowhere')}"
+    bench = script("bench_accuracy").main
+    assert bench(peer_arguments(tiny_model, tiny_texts, broken)) == 2
+    assert "failed on w4a16-g32: ModuleNotFoundError" in capsys.readouterr().err
+    for wrong in ("gptq=/bin/sh", "hqq=/nowhere"):
+        with pytest.raises(SystemExit):
+            bench(peer_arguments(tiny_model, tiny_texts, wrong))
+        assert "give NAME=PYTHON" in capsys.readouterr().err
 
 
 def test_bench_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
