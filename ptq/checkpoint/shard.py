@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,9 @@ DTYPES = {
 }  # fmt: skip
 """The dtypes that a checkpoint can hold, by their name in safetensors."""
 
+Elsewhere = Mapping[str, Callable[[], Tensor]]
+
+_ALIGNMENT = 64  # of the data in the file: a cache line, as torch's own memory
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -47,10 +50,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def write_shard(
+    path: Path, tensors: Mapping[str, Tensor], values: Elsewhere | None = None
+) -> dict[str, str]:
     """Write a new safetensors file; returns the SHA-256 of each tensor's bytes.
 
-    Wide dtypes come first, so that every tensor is aligned for readers that map the file.
+    Wide dtypes come first, and the data starts at a multiple of 64, so that every tensor is
+    aligned for readers that map the file.
+
+    Args:
+        values: for tensors on the meta device, by key: what reads the values as they are written.
 
     Raises:
         OSError: the file exists or cannot be written.
@@ -60,10 +69,18 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     with path.open("xb") as file:
         file.write(_header(tensors, order))
         for key in order:
-            data = raw_bytes(tensors[key])
+            data = raw_bytes(_with_values(key, tensors[key], values))
             file.write(data)
             hashes[key] = hashlib.sha256(data).hexdigest()
     return hashes
+
+
+def _with_values(key: str, tensor: Tensor, values: Elsewhere | None) -> Tensor:
+    if not tensor.is_meta or values is None:
+        return tensor
+    made = values[key]().to(tensor.dtype)
+    assert made.shape == tensor.shape, key
+    return made
 
 
 def _header(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
@@ -79,7 +96,7 @@ def _header(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 
 
@@ -112,6 +129,24 @@ def read_header(path: Path) -> dict[str, Stored]:
         for key, entry in header.items()
     }
     return dict(sorted(stored.items(), key=lambda item: item[1].start))
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped into memory rather than read into it.
+
+    They stay usable after the file is removed; what is written to them does not reach it.
+
+    Raises:
+        CheckpointError: the file is missing, cut off, or is not safetensors.
+    """
+    header = read_header(path)
+    storage = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    mapped = {}
+    for key, stored in header.items():
+        size = math.prod(stored.shape) * stored.dtype.itemsize
+        raw = torch.empty(0, dtype=torch.uint8).set_(storage, stored.start, (size,))  # type: ignore[call-overload]
+        mapped[key] = raw.view(stored.dtype).reshape(stored.shape)
+    return mapped
 
 
 def read_tensors(path: Path, header: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:

@@ -66,6 +66,10 @@ class StreamedModel:
         """Fill the block that the layer of this name is in, if it is in one."""
         self.fill(_owner(layer, self.waiting))
 
+    def drop(self, block: str) -> None:
+        """Do not fill the block of this name: its tensors come from elsewhere."""
+        self.waiting.pop(block, None)
+
     def fill_rest(self) -> None:
         """Fill every block that is still waiting."""
         for block in list(self.waiting):
