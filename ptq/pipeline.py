@@ -1,6 +1,5 @@
 """The main job, told in order: config, load, plan, calibrate, quantize, save, verify, evaluate."""
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -66,7 +65,7 @@ from ptq.planning import Plan, plan
 from ptq.recipe import Recipe, make_recipe
 from ptq.report import Console, Report, environment, explain
 from ptq.report.report import peak_memory_bytes
-from ptq.resume import Work, discard, fingerprint, saving_was_cut_off
+from ptq.resume import Work, discard, fingerprint, saving_was_cut_off, work_root
 from ptq.swap import quantize_embeddings, quantize_layers
 
 _REMEDIES_SHOWN = 5  # the report has all
@@ -421,7 +420,7 @@ class _Job:
 
     @property
     def _work_root(self) -> Path:
-        return Path(os.path.realpath(self.output.dir) + ".work")
+        return work_root(self.output.dir)
 
     @contextmanager
     def opened_work(self) -> Iterator[None]:

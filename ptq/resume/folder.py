@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ptq.checkpoint.atomic import Siblings
 from ptq.errors import CheckpointError
 from ptq.resume.fingerprint import changes
 
@@ -59,10 +61,28 @@ def saving_was_cut_off(root: Path) -> bool:
     return is_work(root) and (root / SAVING).is_file()
 
 
+def work_root(output: str) -> Path:
+    """The work directory beside an output directory."""
+    return Path(f"{os.path.realpath(output)}.work")
+
+
+def remove(root: Path) -> None:
+    """Remove a work directory, at one blow: what a kill leaves is waste to the next save there."""
+    waste = Siblings(root.with_name(root.name.removesuffix(".work")), secrets.token_hex(4)).tmp
+    os.rename(root, waste)
+    shutil.rmtree(waste, ignore_errors=True)
+
+
 def discard(root: Path) -> None:
-    """Remove a work directory; what ptq did not make stays."""
+    """Remove a work directory of an earlier run; what ptq did not make stays.
+
+    Raises:
+        CheckpointError: another run has it.
+    """
     if is_work(root):
-        shutil.rmtree(root, ignore_errors=True)
+        descriptor = lock(root)
+        remove(root)
+        os.close(descriptor)
 
 
 def prepare(root: Path, wanted: Mapping[str, Any], resume: bool, say: Say) -> bool:
@@ -86,7 +106,7 @@ def prepare(root: Path, wanted: Mapping[str, Any], resume: bool, say: Say) -> bo
         say(f"the work of an earlier run in {root} is discarded: {reason}")
         for path in sorted(root.iterdir(), key=lambda p: p.name == FINGERPRINT):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+    elif any(path.name != f"{FINGERPRINT}.tmp" for path in root.iterdir()):
         raise CheckpointError(
             f"{root} is where the work of this run would go, and ptq did not make it; move it "
             "away, or choose another output.dir"

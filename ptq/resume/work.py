@@ -12,9 +12,9 @@ one that is damaged has one before it.
 """
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ptq.blockwise import Reached, empty
 from ptq.checkpoint.shard import map_tensors, read_header, read_tensors
 from ptq.errors import CheckpointError
-from ptq.resume.folder import SAVING, Say, lock, prepare, saving_was_cut_off, writing
+from ptq.resume.folder import SAVING, Say, lock, prepare, remove, saving_was_cut_off, writing
 from ptq.resume.state import State, Stored, read_state, write_state, write_tensors
 
 SHARE = 0.1
@@ -68,12 +68,12 @@ class Work:
         Raises:
             CheckpointError: another run has it, or it is not ptq's.
         """
-        descriptor = lock(root)
-        try:
-            return cls(root, streams, say, prepare(root, wanted, resume, say), descriptor)
-        except CheckpointError:
-            os.close(descriptor)
-            raise
+        with ExitStack() as held:
+            descriptor = lock(root)
+            held.callback(os.close, descriptor)
+            go_on = prepare(root, wanted, resume, say)
+            held.pop_all()
+        return cls(root, streams, say, go_on, descriptor)
 
     @property
     def saving_was_cut_off(self) -> bool:
@@ -87,7 +87,7 @@ class Work:
 
     def remove(self) -> None:
         """The work is done: remove it."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        remove(self.root)
 
     def close(self) -> None:
         """Let go of the directory; what is in it stays."""
