@@ -427,7 +427,9 @@ class _Job:
         """Within it, finished blocks are kept beside the output, where the recipe has blocks."""
         streams, blocks = self.model_section.stream, not self.recipe.plain
         if not (streams or (self.output.resume and blocks)) or not self.plan.quantized:
-            discard(self._work_root)
+            if discard(self._work_root):
+                reason = "output.resume is false" if blocks else "the recipe has no blocks"
+                self.note(f"the work of an earlier run in {self._work_root} is discarded: {reason}")
             yield
             return
         wanted = fingerprint(self.config, self.source, self.model_config, self.calibration)

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -43,7 +44,7 @@ def fingerprint(
     }
 
 
-def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The parts of two fingerprints that differ, such as ``config.scheme``."""
     found = []
     for key in dict.fromkeys((*new, *old)):

@@ -73,16 +73,20 @@ def remove(root: Path) -> None:
     shutil.rmtree(waste, ignore_errors=True)
 
 
-def discard(root: Path) -> None:
-    """Remove a work directory of an earlier run; what ptq did not make stays.
+def discard(root: Path) -> bool:
+    """Remove a work directory of an earlier run, if there is one; returns whether there was.
+
+    What ptq did not make stays.
 
     Raises:
         CheckpointError: another run has it.
     """
-    if is_work(root):
+    found = is_work(root)
+    if found:
         descriptor = lock(root)
         remove(root)
         os.close(descriptor)
+    return found
 
 
 def prepare(root: Path, wanted: Mapping[str, Any], resume: bool, say: Say) -> bool:
@@ -116,7 +120,7 @@ def prepare(root: Path, wanted: Mapping[str, Any], resume: bool, say: Say) -> bo
     return False
 
 
-def _reason(root: Path, wanted: dict[str, Any]) -> str | None:
+def _reason(root: Path, wanted: Mapping[str, Any]) -> str | None:
     """Why the work there is of no use; None if it is."""
     try:
         found = json.loads((root / FINGERPRINT).read_text(encoding="utf-8"))

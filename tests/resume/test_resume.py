@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ptq.errors import CheckpointError
 from ptq.model import StreamedModel
@@ -26,11 +27,50 @@ class Killed(BaseException):
     """In place of SIGKILL: nothing in ptq catches it."""
 
 
+def die_at(patch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Gives what makes the write of some number, counted from 1, the moment of death."""
+    replace, left = os.replace, [0]
+
+    def counted(source: Any, target: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        replace(source, target)
+
+    patch.setattr(files.os, "replace", counted)
+    return lambda number: left.__setitem__(0, number)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("resume")
     make_model(made)
     return made
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> dict[str, bytes]:
+    """The result of the job when nothing happens to it."""
+    done(job(folder, "whole"))
+    return result(folder, "whole")
+
+
+@pytest.fixture(scope="module")
+def half(folder: Path) -> Path:
+    """The work of a job that was killed when its last block was finished but not written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "SHARE", 1e9)
+        die_at(patch)(4 * (BLOCKS - 1) + 2)
+        with pytest.raises(Killed):
+            done(job(folder, "half"))
+    assert max(p.name for p in (folder / "half.work").glob("*.state*")).endswith("00002.json")
+    return folder / "half.work"
+
+
+@pytest.fixture
+def half_done(half: Path, folder: Path) -> Path:
+    """The same as the work of the output ``out``."""
+    return Path(shutil.copytree(half, folder / "out.work"))
 
 
 @pytest.fixture(autouse=True)
@@ -40,21 +80,6 @@ def _keep_all_progress(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
     yield
     for path in folder.glob("out*"):
         shutil.rmtree(path)
-
-
-@pytest.fixture
-def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Makes the write of this number, counted from 1, the moment of death."""
-    replace, left = os.replace, [0]
-
-    def counted(source: Any, target: Any) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-        replace(source, target)
-
-    monkeypatch.setattr(files.os, "replace", counted)
-    return lambda number: left.__setitem__(0, number)
 
 
 def ended(config: Any, at: int, kill: Callable[[int], None]) -> Report | None:
@@ -76,13 +101,14 @@ def notes(report: Report) -> str:
     "more", [{}, {"stream": True}, FINISHED], ids=["loaded", "streamed", "distilled"]
 )
 def test_killed_at_many_writes_it_gives_the_same_bits(
-    more: dict[str, Any], folder: Path, kill_at: Callable[[int], None]
+    more: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    kill = die_at(monkeypatch)
     whole = done(job(folder, "out-whole", **more))
     config, tries, report = job(folder, "out", **more), 0, None
     while report is None:
         tries += 1
-        report = ended(config, 2 * tries if more.get("stream") else tries, kill_at)
+        report = ended(config, (3 if more.get("stream") else 1) * tries, kill)
         assert (folder / "out.work").is_dir() is (report is None)
     assert tries > 4 and "going on after model.layers." in notes(report)
     assert result(folder, "out") == result(folder, "out-whole")
@@ -104,19 +130,8 @@ def test_killed_by_a_signal_ten_times_it_gives_the_same_bits(tmp_path: Path) -> 
     assert made and all(result(tmp_path, name) == result(tmp_path, "whole") for name in made)
 
 
-def half_done(folder: Path, kill: Callable[[int], None], **more: Any) -> Path:
-    """The work of a run that was killed when it was about to save."""
-    at = 1
-    while not list((folder / "out.work").glob(f"*.state-{BLOCKS - 1:05}.json")):
-        assert ended(job(folder, "out", **more), at, kill) is None
-        at += 1
-    return folder / "out.work"
-
-
-def test_what_is_finished_is_not_read_again(
-    folder: Path, kill_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    half_done(folder, kill_at, stream=True)
+def test_what_is_finished_is_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ended(job(folder, "out", stream=True), 24, die_at(monkeypatch)) is None
     filled: list[str] = []
     fill = StreamedModel.fill
     monkeypatch.setattr(StreamedModel, "fill", lambda s, b: (filled.append(b), fill(s, b)))
@@ -134,9 +149,8 @@ def test_what_is_finished_is_not_read_again(
     ],
 )
 def test_another_configuration_does_not_use_the_work(
-    change: dict[str, Any], said: str, folder: Path, kill_at: Callable[[int], None]
+    change: dict[str, Any], said: str, folder: Path, half_done: Path
 ) -> None:
-    half_done(folder, kill_at)
     made = {}
     for output in ("out", "out-fresh"):
         raw = job(folder, output).model_dump(mode="json")
@@ -145,21 +159,22 @@ def test_another_configuration_does_not_use_the_work(
         report = done(type(job(folder, output)).model_validate(raw))
         made[output] = result(folder, output), notes(report)
     assert made["out"][0] == made["out-fresh"][0]
-    streams_nothing = "resume" in str(change)
-    assert (f"is discarded: {said}" in made["out"][1]) is not streams_nothing
-    assert "going on" not in made["out"][1] and not (folder / "out.work").exists()
+    assert f"is discarded: {said}" in made["out"][1] and "going on" not in made["out"][1]
+    assert not half_done.exists()
 
 
+@pytest.mark.usefixtures("half_done")
 def test_another_model_or_thread_count_does_not_use_the_work(
-    folder: Path, kill_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    half_done(folder, kill_at)
-    os.utime(folder / "model" / "model.safetensors", ns=(1, 1))
-    import torch
-
+    monkeypatch.setattr(work, "SHARE", 0.1)
+    saved = folder / "model" / "model.safetensors"
+    before = saved.stat().st_mtime_ns
+    os.utime(saved, ns=(1, 1))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     report = done(job(folder, "out"))
     assert "is discarded: other model.model.safetensors, machine.threads" in notes(report)
+    os.utime(saved, ns=(before, before))
 
 
 def flip(path: Path) -> None:
@@ -175,28 +190,31 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
 @pytest.mark.parametrize("kind", ["state", "hidden", "block"])
 def test_what_is_damaged_is_said_and_not_used(
-    kind: str, damage: Callable[[Path], None], folder: Path, kill_at: Callable[[int], None]
+    kind: str,
+    damage: Callable[[Path], None],
+    folder: Path,
+    half_done: Path,
+    whole: dict[str, bytes],
 ) -> None:
-    root = half_done(folder, kill_at)
-    newest = max(root.glob("*.state-*.json"))
+    newest = max(half_done.glob("*.state-*.json"))
     state = json.loads(newest.read_text())["state"]
     named = {"hidden": state["hidden"][0]["file"], "block": state["blocks"][-1]["file"]}
-    damage(root / named[kind] if kind in named else newest)
+    damage(half_done / named[kind] if kind in named else newest)
     report = done(job(folder, "out"))
     gone = kind == "state" and damage is Path.unlink  # then nothing tells that it was there
     assert (f"{newest.name} is not used: " in notes(report)) is not gone
     assert f"going on after model.layers.0, 1 of {BLOCKS}" in notes(report)
-    done(job(folder, "out-fresh"))
-    assert result(folder, "out") == result(folder, "out-fresh")
+    assert result(folder, "out") == whole
 
 
 def test_without_any_whole_state_it_starts_anew(
-    folder: Path, kill_at: Callable[[int], None]
+    folder: Path, half_done: Path, whole: dict[str, bytes]
 ) -> None:
-    for path in half_done(folder, kill_at).glob("*.state-*.json"):
+    for path in half_done.glob("*.state-*.json"):
         flip(path)
     report = done(job(folder, "out"))
     assert notes(report).count("is not used") == 2 and "going on" not in notes(report)
+    assert result(folder, "out") == whole
 
 
 def test_killed_before_the_report_the_checkpoint_is_replaced(
@@ -235,7 +253,7 @@ def test_the_work_directory_is_not_anyone_elses(folder: Path) -> None:
 
 
 def test_progress_is_kept_no_more_often_than_its_share_of_the_time(
-    folder: Path, kill_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(work, "SHARE", 1e-9)
     kept: list[str] = []
