@@ -46,6 +46,7 @@ from ptq.evaluation import (
 from ptq.model import (
     ModelSource,
     StreamedModel,
+    block_lists,
     cast_parameters,
     check_finite,
     check_tokens,
@@ -156,8 +157,10 @@ def _quantize(
         quantize = partial(quantize_plainly, recipe)
         bar = console.bar("layer")
         fill_layer = None if streamed is None else streamed.fill_layer
-        put_out = None if store is None or not store.streams else partial(store.put_out, model)
-        quantize_layers(model, made.schemes, statistics, quantize, bar, fill_layer, put_out)
+        placed = None
+        if store is not None and store.streams:
+            placed = _puts_out(model, made.schemes, store)
+        quantize_layers(model, made.schemes, statistics, quantize, bar, fill_layer, placed)
     else:
         assert calibration is not None
         console.stage_name = f"quantize ({recipe})"
@@ -167,7 +170,8 @@ def _quantize(
             for name in work.restored:
                 streamed.drop(name)
     if streamed is not None:
-        streamed.fill_rest()
+        streams = store is not None and store.streams
+        streamed.fill_rest(partial(store.put_out, model) if store and streams else None)
     quantize_embeddings(model, made.embeddings, made.sharing)
     seconds = time.perf_counter() - start
     return QuantizationResult(
@@ -180,6 +184,23 @@ def _quantize(
         () if work is None else tuple(work.notes),
         () if work is None else tuple(work.remedies),
     )
+
+
+def _puts_out(model: nn.Module, layers: Iterable[str], store: Work) -> Callable[[str], None]:
+    """Told about each layer that is quantized, in order; with the last one of a block, all of the
+    block leaves memory: what stayed float in it is part of its mapped file, and would hold that."""
+    blocks = [block for names in block_lists(model) for block in names]
+    owners = {
+        layer: next((b for b in blocks if layer.startswith(f"{b}.")), None) for layer in layers
+    }
+    last = {block: layer for layer, block in owners.items()}
+
+    def placed(layer: str) -> None:
+        block = owners[layer]
+        if block is not None and last[block] == layer:
+            store.put_out(model, block)
+
+    return placed
 
 
 def _needs_data(made: Plan, recipe: Recipe) -> bool:

@@ -70,10 +70,12 @@ class StreamedModel:
         """Do not fill the block of this name: its tensors come from elsewhere."""
         self.waiting.pop(block, None)
 
-    def fill_rest(self) -> None:
-        """Fill every block that is still waiting."""
+    def fill_rest(self, filled: Callable[[str], None] | None = None) -> None:
+        """Fill every block that is still waiting; ``filled`` is told of each right after it."""
         for block in list(self.waiting):
             self.fill(block)
+            if filled is not None:
+                filled(block)
 
 
 def stream_model(source: ModelSource, say: Callable[[str], None] | None = None) -> StreamedModel:
