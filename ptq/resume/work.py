@@ -26,6 +26,7 @@ from ptq.blockwise import Reached, empty
 from ptq.checkpoint.shard import map_tensors, read_header, read_tensors
 from ptq.errors import CheckpointError
 from ptq.resume.folder import SAVING, Say, lock, prepare, remove, saving_was_cut_off, writing
+from ptq.resume.heap import give_back, steady
 from ptq.resume.state import State, Stored, read_state, write_state, write_tensors
 
 SHARE = 0.1
@@ -56,6 +57,8 @@ class Work:
     _cost: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
+        if self.streams:
+            steady()
         names = (path.name for path in self.root.glob("hidden-*"))
         self._number = max((int(name[7:13]) for name in names), default=0)
 
@@ -147,6 +150,8 @@ class Work:
         write_state(self.root / f"{names[0]}.state-{reached.finished:05}.json", state)
         self._states[names[0]] = [*self._states.get(names[0], []), state][-2:]
         self._tidy(names[0])
+        if self.streams:
+            give_back()
         self._ended = time.monotonic()
         self._cost = self._ended - start
 
@@ -155,6 +160,7 @@ class Work:
         module = model.get_submodule(name)
         self._write(name, module.state_dict())
         empty(module)
+        give_back()
 
     def _write(self, name: str, tensors: Mapping[str, Tensor]) -> Stored:
         stored = write_tensors(self.root / f"{name}.safetensors", tensors)
