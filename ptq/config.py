@@ -307,6 +307,11 @@ class OutputConfig(Section):
     )
     shard_size_mb: Annotated[int, Field(ge=1)] = Field(5000, description="largest shard, in MB")
     overwrite: bool = Field(False, description="replace an existing ptq checkpoint")
+    resume: bool = Field(
+        True,
+        description="keep finished blocks in DIR.work until the checkpoint is whole, so that the "
+        "same command goes on after a kill; false: start anew",
+    )
 
 
 def _output_from_dir(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """The main job, told in order: config, load, plan, calibrate, quantize, save, verify, evaluate."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,7 @@ from ptq.evaluation import (
 from ptq.model import (
     ModelSource,
     StreamedModel,
+    block_lists,
     cast_parameters,
     check_finite,
     check_tokens,
@@ -65,6 +67,7 @@ from ptq.planning import Plan, plan
 from ptq.recipe import Recipe, make_recipe
 from ptq.report import Console, Report, environment, explain
 from ptq.report.report import peak_memory_bytes
+from ptq.resume import Work, discard, fingerprint, saving_was_cut_off, work_root
 from ptq.swap import quantize_embeddings, quantize_layers
 
 _REMEDIES_SHOWN = 5  # the report has all
@@ -120,7 +123,7 @@ def quantize(
         CalibrationError: data is needed and there is none, or it cannot be used.
         ModelError: NaN or Inf in a weight; nothing was changed.
     """
-    return _quantize(model, as_config(scheme), calibration, tokenizer, console or Console(), None)
+    return _quantize(model, as_config(scheme), calibration, tokenizer, console or Console())
 
 
 def _quantize(
@@ -129,13 +132,15 @@ def _quantize(
     calibration: Iterable[Any] | None,
     tokenizer: Any,
     console: Console,
-    streamed: StreamedModel | None,
+    streamed: StreamedModel | None = None,
+    store: Work | None = None,
 ) -> QuantizationResult:
     """As :func:`quantize`.
 
     Args:
         streamed: fills the model's blocks, where they have no weights yet; bad weights are then
             found block by block.
+        store: has what is finished, and gets it.
     """
     start = time.perf_counter()
     made = plan(model, config)
@@ -153,14 +158,21 @@ def _quantize(
         quantize = partial(quantize_plainly, recipe)
         bar = console.bar("layer")
         fill_layer = None if streamed is None else streamed.fill_layer
-        quantize_layers(model, made.schemes, statistics, quantize, bar, fill_layer)
+        placed = None
+        if store is not None and store.streams:
+            placed = _puts_out(model, made.schemes, store)
+        quantize_layers(model, made.schemes, statistics, quantize, bar, fill_layer, placed)
     else:
         assert calibration is not None
         console.stage_name = f"quantize ({recipe})"
         fill = None if streamed is None else streamed.fill
-        work = _quantize_blockwise(model, made, recipe, config, calibration, console, fill)
+        work = _quantize_blockwise(model, made, recipe, config, calibration, console, fill, store)
+        if streamed is not None:
+            for name in work.restored:
+                streamed.drop(name)
     if streamed is not None:
-        streamed.fill_rest()
+        streams = store is not None and store.streams
+        streamed.fill_rest(partial(store.put_out, model) if store and streams else None)
     quantize_embeddings(model, made.embeddings, made.sharing)
     seconds = time.perf_counter() - start
     return QuantizationResult(
@@ -175,6 +187,23 @@ def _quantize(
     )
 
 
+def _puts_out(model: nn.Module, layers: Iterable[str], store: Work) -> Callable[[str], None]:
+    """Told about each layer that is quantized, in order; with the last one of a block, all of the
+    block leaves memory: what stayed float in it is part of its mapped file, and would hold that."""
+    blocks = [block for names in block_lists(model) for block in names]
+    owners = {
+        layer: next((b for b in blocks if layer.startswith(f"{b}.")), None) for layer in layers
+    }
+    last = {block: layer for layer, block in owners.items()}
+
+    def placed(layer: str) -> None:
+        block = owners[layer]
+        if block is not None and last[block] == layer:
+            store.put_out(model, block)
+
+    return placed
+
+
 def _needs_data(made: Plan, recipe: Recipe) -> bool:
     return bool(made.static_layers) or (not recipe.plain and bool(made.schemes))
 
@@ -187,11 +216,12 @@ def _quantize_blockwise(
     calibration: Iterable[Any],
     console: Console,
     fill: Callable[[str], None] | None,
+    store: Work | None,
 ) -> Blockwise:
     """Carry out a recipe that looks at data."""
     observer = _observer(config)
     seed = 0 if config.calibration is None else config.calibration.seed
-    work = Blockwise(model, made.schemes, recipe, observer, seed, fill)
+    work = Blockwise(model, made.schemes, recipe, observer, seed, fill, store)
     work.run(calibration, console.bar("block"))
     share_inputs(model)
     return work
@@ -281,14 +311,14 @@ def run(
         return job.report
     job.check_output()
     job.read_data()
-    with ReferenceLogits() as reference:
+    with job.opened_work(), ReferenceLogits() as reference:
         model: nn.Module = job.load()
         job.measure_float(model, reference)
         job.quantize(model)
         job.save(model)
         model = job.read_back(model)
         job.measure_quantized(model, reference)
-    return job.finish()
+        return job.finish()
 
 
 @dataclass
@@ -303,6 +333,7 @@ class _Job:
     model_config: PretrainedConfig = field(init=False)
     recipe: Recipe = field(init=False)
     plan: Plan = field(init=False)
+    work: Work | None = field(default=None, init=False)
     streamed: StreamedModel | None = field(default=None, init=False)
     tokenizer: Any = field(default=None, init=False)
     calibration: TokenSet | None = field(default=None, init=False)
@@ -401,9 +432,46 @@ class _Job:
         return stored if isinstance(stored, torch.dtype) else torch.float32
 
     def check_output(self) -> None:
-        """Find out now whether the checkpoint could be written."""
+        """Find out now whether the checkpoint could be written.
+
+        A run that was ended while it saved may have left one, and may replace it, if its work
+        turns out to be this run's.
+        """
         needed = int(self.plan.bytes_after * 1.02)
-        checkpoint.check_target(self.output.dir, self.output.overwrite, needed)
+        replaces = self.output.overwrite or saving_was_cut_off(self._work_root)
+        checkpoint.check_target(self.output.dir, replaces, needed)
+
+    @property
+    def _work_root(self) -> Path:
+        return work_root(self.output.dir)
+
+    @contextmanager
+    def opened_work(self) -> Iterator[None]:
+        """Within it, finished blocks are kept beside the output, where the recipe has blocks."""
+        streams, blocks = self.model_section.stream, not self.recipe.plain
+        if not (streams or (self.output.resume and blocks)) or not self.plan.quantized:
+            if discard(self._work_root):
+                reason = "output.resume is false" if blocks else "the recipe has no blocks"
+                self.note(f"the work of an earlier run in {self._work_root} is discarded: {reason}")
+            yield
+            return
+        wanted = fingerprint(self.config, self.source, self.model_config, self.calibration)
+        resume = self.output.resume and blocks
+        self.work = Work.open(
+            self._work_root, wanted, resume=resume, streams=streams, say=self.note
+        )
+        self.console.outcome = f"the same command goes on with what is in {self._work_root}"
+        try:
+            needed = int(self.plan.bytes_after * 1.02)
+            checkpoint.check_target(self.output.dir, self._may_replace, needed)
+            yield
+        finally:
+            self.work.close()
+
+    @property
+    def _may_replace(self) -> bool:
+        ours = self.work is not None and self.work.saving_was_cut_off
+        return self.output.overwrite or ours
 
     def read_data(self) -> None:
         """Tokenizer and text, so that bad data is found before the weights are loaded."""
@@ -478,7 +546,7 @@ class _Job:
         data = None
         if self.calibration is not None:
             data = _calibration_batches(self.config, self.recipe, self.calibration, self.tokenizer)
-        result = _quantize(model, self.config, data, None, self.console, self.streamed)
+        result = _quantize(model, self.config, data, None, self.console, self.streamed, self.work)
         cast_parameters(model, self._dtype())
         self.report.sections["recipe"] = {
             "steps": list(self.recipe.names),
@@ -495,13 +563,17 @@ class _Job:
     def save(self, model: nn.Module) -> None:
         """Write the checkpoint, whole or not at all."""
         self.console.stage("save")
+        replaces = self._may_replace
+        if self.work is not None:
+            self.work.mark_saving()
         manifest = checkpoint.save(
             model,
             self.output.dir,
             config=self.config,
             tokenizer=self.tokenizer,
-            overwrite=self.output.overwrite,
+            overwrite=replaces,
             shard_bytes=self.output.shard_size_mb * 1_000_000,
+            elsewhere=None if self.work is None else self.work.elsewhere,
         )
         self.console.outcome = (
             f"the checkpoint {self.output.dir} is whole, but its report.json is missing"
@@ -516,8 +588,18 @@ class _Job:
         }
 
     def read_back(self, model: nn.Module) -> nn.Module:
-        """The model of the checkpoint, proved to be the one in memory."""
+        """The model of the checkpoint, proved to be the one in memory.
+
+        Of a streamed one, every tensor is read and compared with the hash of what was written.
+        """
         self.console.stage("read back and verify")
+        if self.streamed is not None:
+            checkpoint.load(self.output.dir, device="meta")
+            self.report.sections["checkpoint"]["bit_equal"] = "every tensor, by its hash"
+            self.console.say("bit-equal: every tensor, by its hash")
+            device = resolve_device(self.model_section.device).type
+            self.report.sections["kernels"] = explain(model, device=device).to_dict()
+            return model
         loaded = checkpoint.load(self.output.dir, device=next(model.parameters()).device)
         checkpoint.assert_same(model, loaded)
         outputs = checkpoint.assert_same_outputs(model, loaded)
@@ -558,5 +640,7 @@ class _Job:
             "peak_memory_bytes": peak_memory_bytes(),
         }
         self.report.write(self.output.dir)
+        if self.work is not None:
+            self.work.remove()
         self.console.say(self.report)
         return self.report

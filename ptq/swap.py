@@ -35,6 +35,7 @@ def quantize_layers(
     quantize: Quantize,
     progress: Progress = iter,
     fill: Callable[[str], None] | None = None,
+    placed: Callable[[str], None] | None = None,
 ) -> None:
     """Replace the named ``nn.Linear`` layers by :class:`QuantLinear`, in place, one at a time.
 
@@ -43,6 +44,7 @@ def quantize_layers(
     Args:
         quantize: makes the codes of a weight [N, K].
         fill: called with a layer's name right before its weight is read, to put it there.
+        placed: called with a layer's name once its :class:`QuantLinear` is in place.
 
     Raises:
         CalibrationError: a static scheme has no statistics.
@@ -55,6 +57,8 @@ def quantize_layers(
         place(model, name, weight, schemes[name])
         if name in tied:
             _untie(model)
+        if placed is not None:
+            placed(name)
     share_inputs(model)
 
 

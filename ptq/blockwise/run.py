@@ -1,14 +1,17 @@
 """Quantizing a model block by block, each block's inputs coming from the quantized ones before."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ptq.algorithms import with_static_input
+from ptq.blockwise.keep import Keeper, empty
 from ptq.blockwise.seen import SampledInputs, SeenInputs
+from ptq.blockwise.store import Reached, Store
 from ptq.calibrate import (
     BlockStream,
     NotAChain,
@@ -22,7 +25,7 @@ from ptq.config import Plugin, Scheme
 from ptq.core import QuantizedWeight
 from ptq.errors import CalibrationError, PTQError, UnsupportedError
 from ptq.model import block_lists, eval_mode
-from ptq.modules import input_rotation, remove_input_rotation
+from ptq.modules import input_rotation, read_rotated, remove_input_rotation
 from ptq.recipe import Recipe
 from ptq.refine import BlockJob, DistillJob, LayerState, quantized_inputs
 from ptq.swap import place
@@ -40,9 +43,11 @@ class Blockwise:
         fill: gives the block of a name its float weights, where they are not there from the
             start; called right before the block is first used. Its float weights are freed as
             they are quantized; a block that stays float keeps them.
+        store: keeps finished blocks, and how far the run is; what it has already is not done
+            again. Where it ``streams``, a finished block's tensors are on the meta device.
 
     ``notes`` say what each step did; ``remedies`` where a step could not do what it should, and
-    what was done instead.
+    what was done instead; ``restored`` are the blocks that the store had.
     """
 
     model: nn.Module
@@ -51,10 +56,18 @@ class Blockwise:
     observer: Plugin
     seed: int = 0
     fill: Callable[[str], None] | None = None
+    store: Store | None = None
     notes: list[str] = field(default_factory=list, init=False)
     remedies: list[str] = field(default_factory=list, init=False)
     done: set[str] = field(default_factory=set, init=False)
     waiting: dict[str, LayerState] = field(default_factory=dict, init=False)
+    restored: list[str] = field(default_factory=list, init=False)
+    rotated: list[str] = field(default_factory=list, init=False)
+    _keeper: Keeper | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.store is not None:
+            self._keeper = Keeper(self.model, self.store)
 
     def run(self, data: Iterable[Any], progress: Progress = iter) -> None:
         """Quantize every layer, in place. Layers outside the blocks, and blocks that do not just
@@ -86,13 +99,23 @@ class Blockwise:
     def _capture(self, names: list[str], batches: list[Any]) -> BlockStream | None:
         """The stream through these blocks; None, and noted, where they are no chain."""
         try:
-            return capture(self.model, names, batches, run_first=self.fill is None)
+            park = self.store.park if self.store is not None and self.store.streams else None
+            run_first = self.fill is None
+            with self._whole():
+                return capture(self.model, names, batches, run_first=run_first, park=park)
         except NotAChain as reason:
             problem = f"{names[0]} to {names[-1]} are no chain: {reason}"
             if self.fill is not None:
                 raise UnsupportedError(f"{problem}; set model.stream: false") from None
             self.remedies.append(problem)
             return None
+
+    def _whole(self) -> AbstractContextManager[None]:
+        """Within it, the whole model can run, as far as it is finished."""
+        device = next((p.device for p in self.model.parameters() if not p.is_meta), None)
+        if self._keeper is None or device is None:
+            return nullcontext()
+        return self._keeper.whole(device)
 
     def _inside(self, block: str) -> dict[str, Scheme]:
         """The layers of a block, by their name within it."""
@@ -106,16 +129,63 @@ class Blockwise:
     def _run_list(self, stream: BlockStream, batches: list[Any], progress: Progress) -> None:
         exact = None
         if self.recipe.needs_targets:
-            exact = BlockStream(stream.names, list(stream.hidden), stream.calls, stream.masks)
+            exact = replace(stream, hidden=list(stream.hidden))
+        finished = self._restore(stream, exact)
         for position, name in enumerate(progress(stream.names)):
+            if position < finished:
+                continue
             self._fill([name])
             try:
                 self._pass(stream, exact, position)
             except NotAChain as reason:
                 advice = "" if self.fill is None else "; set model.stream: false"
                 raise UnsupportedError(f"block {name} is no chain: {reason}{advice}") from None
+            self._keep(stream, exact, position)
         if exact is not None:
             self._finish(exact, batches, progress)
+
+    def _restore(self, stream: BlockStream, exact: BlockStream | None) -> int:
+        """Put back what the store has of these blocks; returns how many it has finished."""
+        reached = None if self.store is None else self.store.load(stream.names)
+        if self._keeper is None or reached is None:
+            return 0
+        device = stream.hidden[0].device
+        for position, name in enumerate(stream.names[: reached.finished]):
+            inside = self._inside(name)
+            schemes = {
+                key: _rotated(scheme) if f"{name}.{key}" in reached.rotated else scheme
+                for key, scheme in inside.items()
+            }
+            layers = self._keeper.put_back(stream.names, position, schemes, device)
+            self._settle(name, layers)
+            self.restored.append(name)
+            if self._keeper.store.streams:
+                empty(self.model.get_submodule(name))
+        self.notes[:], self.remedies[:] = reached.notes, reached.remedies
+        self.rotated[:] = reached.rotated
+        for each, hidden in ((stream, reached.hidden), (exact, reached.exact)):
+            if each is not None and hidden:
+                each.hidden[:] = [h.to(device) for h in hidden]
+        return reached.finished
+
+    def _keep(self, stream: BlockStream, exact: BlockStream | None, position: int) -> None:
+        """Give the store the block at this position, which is finished, and all progress."""
+        if self._keeper is None:
+            return
+        start = f"{stream.names[position]}."
+        waiting = {k.removeprefix(start): s for k, s in self.waiting.items() if k.startswith(start)}
+        self._keeper.keep(stream.names, position, waiting)
+        last = position + 1 == len(stream.names)
+        followed = exact is not None and (bool(self.recipe.finishes) or not last)
+        reached = Reached(
+            position + 1,
+            [] if last else stream.hidden,
+            exact.hidden if exact is not None and followed else [],
+            self.notes,
+            self.remedies,
+            self.rotated,
+        )
+        self._keeper.store.keep_progress(stream.names, reached)
 
     def _pass(self, stream: BlockStream, exact: BlockStream | None, position: int) -> None:
         """Carry the hidden states through one block, and quantize its layers if it has any."""
@@ -148,7 +218,9 @@ class Blockwise:
         block = self.model.get_submodule(name)
         linears = _linears(block, schemes)
         self._transform(stream, position, block, schemes)
-        schemes = {key: _as_transformed(schemes[key], linears[key]) for key in linears}
+        turned = [key for key in linears if input_rotation(linears[key]) is not None]
+        schemes |= {key: _rotated(schemes[key]) for key in turned}
+        self.rotated += [f"{name}.{key}" for key in turned]
         seen = self._new_seen(schemes)
         if not seen.idle:
             self._watch(seen, stream, exact, position, linears)
@@ -164,7 +236,15 @@ class Blockwise:
                 self.notes += [f"{name}: {note}" for note in step.refine(job, options)]
         with quantized_inputs(layers):
             advance(stream, position, block)
+        self._settle(name, layers)
+
+    def _settle(self, name: str, layers: Mapping[str, LayerState]) -> None:
+        """Put a finished block's layers in place; where a finish is to come, they wait for it."""
         if self.recipe.finishes:
+            for state in layers.values():
+                if state.scheme.input_rotation is not None and not input_rotation(state.linear):
+                    read_rotated([state.linear])
+                state.show()
             self.waiting |= {f"{name}.{key}": state for key, state in layers.items()}
         else:
             self._place(f"{name}.", layers)
@@ -242,8 +322,9 @@ class Blockwise:
         algorithm = self.recipe.algorithm
         seen = SeenInputs.of(schemes, self.observer, moments=algorithm.needs_moments, cross=False)
         if not seen.idle:
-            for index, batch in enumerate(batches):
-                seen.update(inputs_of_model(self.model, linears, batch, index), None)
+            with self._whole():
+                for index, batch in enumerate(batches):
+                    seen.update(inputs_of_model(self.model, linears, batch, index), None)
         layers = self._quantize("", linears, schemes, seen)
         self._place("", layers)
         names = ", ".join(schemes) if len(schemes) < 4 else f"{len(schemes)} layers"
@@ -255,10 +336,7 @@ def _linears(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
 
 
-def _as_transformed(scheme: Scheme, linear: nn.Linear) -> Scheme:
-    """The scheme of a layer after the transforms."""
-    if input_rotation(linear) is None:
-        return scheme
+def _rotated(scheme: Scheme) -> Scheme:
     return scheme.model_copy(update={"input_rotation": "hadamard"})
 
 

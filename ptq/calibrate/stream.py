@@ -19,6 +19,7 @@ from ptq.errors import CalibrationError
 from ptq.model import eval_mode
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
+Park = Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
@@ -30,12 +31,19 @@ class BlockStream:
         hidden: per batch, the hidden states that enter the next block.
         calls: per batch and block, how it is called.
         masks: per batch, bool [B, T], false where padded, or None.
+        park: gets each new hidden state and gives back the tensor to hold in its place, with the
+            same values: one in a file, so that all of them need not be in memory.
     """
 
     names: list[str]
     hidden: list[Tensor]
     calls: list[list[BlockCall]]
     masks: list[Tensor | None]
+    park: Park | None = None
+
+    def held(self, hidden: Tensor) -> Tensor:
+        """What to hold of a new hidden state."""
+        return hidden if self.park is None else self.park(hidden)
 
 
 @torch.no_grad()
@@ -46,6 +54,7 @@ def capture(
     progress: Progress = iter,
     *,
     run_first: bool = True,
+    park: Park | None = None,
 ) -> BlockStream:
     """What enters the first of the named blocks, and how each block is called.
 
@@ -56,13 +65,14 @@ def capture(
     Args:
         run_first: false: skip the blocks in the first batch too, as they have no weights yet;
             what a block returns is then only checked when it runs (:meth:`BlockCall.run`).
+        park: of the stream.
 
     Raises:
         NotAChain: the blocks are not called once each, in order, on each other's output.
         CalibrationError: no batch.
     """
     blocks = [model.get_submodule(name) for name in names]
-    stream = BlockStream(list(names), [], [], [])
+    stream = BlockStream(list(names), [], [], [], park)
     running = len(blocks) if run_first else 0
     with eval_mode(model):
         for index, batch in enumerate(progress(batches_of(data))):
@@ -74,7 +84,7 @@ def capture(
                 running = 0 if others_of(outputs[0]) is None else 1
             if inputs[0].is_meta:
                 raise NotAChain(f"what enters {names[0]} comes from blocks without weights")
-            stream.hidden.append(inputs[0])
+            stream.hidden.append(stream.held(inputs[0]))
             stream.calls.append(calls)
             stream.masks.append(padding_mask(batch))
     if not stream.hidden:
@@ -146,7 +156,8 @@ def _replaced_forwards(
 def advance(stream: BlockStream, position: int, block: nn.Module) -> None:
     """Replace the hidden states by what the block makes of them."""
     for index, hidden in enumerate(stream.hidden):
-        stream.hidden[index] = stream.calls[index][position].run(block, hidden)
+        made = stream.calls[index][position].run(block, hidden)
+        stream.hidden[index] = stream.held(made)
 
 
 @torch.no_grad()

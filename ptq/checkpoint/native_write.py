@@ -21,7 +21,7 @@ from ptq.checkpoint.manifest import (
     seal,
     write_manifest,
 )
-from ptq.checkpoint.shard import dtype_name, write_shard
+from ptq.checkpoint.shard import Elsewhere, dtype_name, write_shard
 from ptq.checkpoint.side_files import side_file_entries, write_side_files
 from ptq.checkpoint.target import check_target
 from ptq.checkpoint.tensors import distinct_tensors
@@ -39,6 +39,7 @@ def save(
     overwrite: bool = False,
     shard_bytes: int = 5_000_000_000,
     extra_files: Mapping[str, str] | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Manifest:
     """Write a quantized model to a directory: safetensors, config.json and a manifest.
 
@@ -51,13 +52,16 @@ def save(
         overwrite: replace an existing ptq checkpoint; nothing else is ever replaced.
         shard_bytes: tensor bytes in one file at most; a larger tensor has a file of its own.
         extra_files: name to text of further files, such as a README.md.
+        elsewhere: for tensors on the meta device, by their names: what reads the values, one
+            tensor at a time as it is written. For models larger than memory.
 
     Raises:
         CheckpointError: nothing in the model is quantized, a tensor cannot be stored, the
             directory cannot be used, or the disk is full.
     """
     layers = _layers(model)
-    tensors, aliases = distinct_tensors(model)
+    elsewhere = elsewhere or {}
+    tensors, aliases = distinct_tensors(model, elsewhere.keys())
     if shard_bytes < 1:
         raise CheckpointError(f"shard_bytes is {shard_bytes}; give a positive number of bytes")
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -67,7 +71,7 @@ def save(
             target.parent.mkdir(parents=True)
         with replacing(target, overwrite) as tmp:
             write_side_files(model, tmp, tokenizer, extra_files or {})
-            entries = _write_tensors(tensors, tmp, shard_bytes, total)
+            entries = _write_tensors(tensors, tmp, shard_bytes, total, elsewhere)
             manifest = seal(
                 Manifest(
                     format_version=FORMAT_VERSION,
@@ -120,7 +124,11 @@ def _layer(module: QuantLinear | QuantEmbedding) -> LayerEntry:
 
 
 def _write_tensors(
-    tensors: Mapping[str, Tensor], directory: Path, shard_bytes: int, total: int
+    tensors: Mapping[str, Tensor],
+    directory: Path,
+    shard_bytes: int,
+    total: int,
+    elsewhere: Elsewhere,
 ) -> dict[str, TensorEntry]:
     shards = _divide({key: tensor.nbytes for key, tensor in tensors.items()}, shard_bytes)
     entries = {}
@@ -128,7 +136,8 @@ def _write_tensors(
         name = "model.safetensors"
         if len(shards) > 1:
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        hashes = write_shard(directory / name, {key: tensors[key] for key in keys})
+        chosen = {key: tensors[key] for key in keys}
+        hashes = write_shard(directory / name, chosen, elsewhere)
         for key in keys:
             entries[key] = TensorEntry(
                 dtype=dtype_name(tensors[key].dtype),

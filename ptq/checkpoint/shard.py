@@ -10,13 +10,14 @@ own aligned memory, and the file is not held in memory beside them.
 import hashlib
 import json
 import math
+import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ptq.checkpoint.hashing import raw_bytes
@@ -30,6 +31,9 @@ DTYPES = {
 }  # fmt: skip
 """The dtypes that a checkpoint can hold, by their name in safetensors."""
 
+Elsewhere = Mapping[str, Callable[[], Tensor]]
+
+_ALIGNMENT = 64  # of the data in the file: a cache line, as torch's own memory
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -47,10 +51,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def write_shard(
+    path: Path, tensors: Mapping[str, Tensor], values: Elsewhere | None = None
+) -> dict[str, str]:
     """Write a new safetensors file; returns the SHA-256 of each tensor's bytes.
 
-    Wide dtypes come first, so that every tensor is aligned for readers that map the file.
+    Wide dtypes come first, and the data starts at a multiple of 64, so that every tensor is
+    aligned for readers that map the file.
+
+    Args:
+        values: for tensors on the meta device, by key: what reads the values as they are written.
 
     Raises:
         OSError: the file exists or cannot be written.
@@ -60,10 +70,18 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     with path.open("xb") as file:
         file.write(_header(tensors, order))
         for key in order:
-            data = raw_bytes(tensors[key])
+            data = raw_bytes(_with_values(key, tensors[key], values))
             file.write(data)
             hashes[key] = hashlib.sha256(data).hexdigest()
     return hashes
+
+
+def _with_values(key: str, tensor: Tensor, values: Elsewhere | None) -> Tensor:
+    if not tensor.is_meta or values is None:
+        return tensor
+    made = values[key]().to(tensor.dtype)
+    assert made.shape == tensor.shape, key
+    return made
 
 
 def _header(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
@@ -79,7 +97,7 @@ def _header(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 
 
@@ -90,14 +108,14 @@ def read_header(path: Path) -> dict[str, Stored]:
         CheckpointError: the file is missing, cut off, or is not safetensors.
     """
     try:
-        with safe_open(path, framework="pt") as file:  # the library checks bounds and sizes
-            file.keys()
         with path.open("rb") as raw:
+            size = os.fstat(raw.fileno()).st_size
             (length,) = struct.unpack("<Q", raw.read(8))
-            header = json.loads(raw.read(length))
+            header = json.loads(raw.read(min(length, size)))
+        _check_bounds(header, size - 8 - length)
     except FileNotFoundError:
         raise CheckpointError(f"shard {path} is missing; copy the whole checkpoint again") from None
-    except (SafetensorError, OSError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
             f"shard {path} is not a whole safetensors file ({error}); copy it again"
         ) from None
@@ -112,6 +130,46 @@ def read_header(path: Path) -> dict[str, Stored]:
         for key, entry in header.items()
     }
     return dict(sorted(stored.items(), key=lambda item: item[1].start))
+
+
+def _check_bounds(header: dict[str, Any], size: int) -> None:
+    """Whether the tensors of a header fill the bytes after it exactly, one after the other.
+
+    The library's own check maps the file, which takes as many addresses as it has bytes.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: they do not, or it is no header.
+    """
+    entries = [entry for key, entry in header.items() if key != "__metadata__"]
+    end = 0
+    for entry in sorted(entries, key=lambda e: (e["data_offsets"][0], e["data_offsets"][1])):
+        start, stop = entry["data_offsets"]
+        shape, dtype = entry["shape"], DTYPES.get(entry["dtype"])
+        if start != end or any(type(n) is not int or n < 0 for n in (start, stop, *shape)):
+            raise ValueError(f"a tensor starts at {start}, where {end} was expected")
+        if dtype is not None and stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{stop - start} bytes do not hold {shape} of {entry['dtype']}")
+        end = stop
+    if end != size:
+        raise ValueError(f"its tensors have {end} bytes, {size} are there")
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped into memory rather than read into it.
+
+    They stay usable after the file is removed; what is written to them does not reach it.
+
+    Raises:
+        CheckpointError: the file is missing, cut off, or is not safetensors.
+    """
+    header = read_header(path)
+    storage = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    mapped = {}
+    for key, stored in header.items():
+        size = math.prod(stored.shape) * stored.dtype.itemsize
+        raw = torch.empty(0, dtype=torch.uint8).set_(storage, stored.start, (size,))  # type: ignore[call-overload]
+        mapped[key] = raw.view(stored.dtype).reshape(stored.shape)
+    return mapped
 
 
 def read_tensors(path: Path, header: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:

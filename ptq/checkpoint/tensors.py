@@ -1,5 +1,7 @@
 """The tensors of a model, those that are shared once."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -7,11 +9,17 @@ from ptq.checkpoint.shard import DTYPES
 from ptq.errors import CheckpointError
 
 
-def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def distinct_tensors(
+    model: nn.Module, elsewhere: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of ``state_dict()``, and the further names of those that it has twice.
 
     Two names are one tensor if they are the same elements of the same memory (tied weights, a
     module used twice). Tensors that merely overlap are stored each by itself.
+
+    Args:
+        elsewhere: names of tensors on the meta device whose values are in a file; each stands for
+            itself.
 
     Raises:
         CheckpointError: an entry has no values or cannot be stored; it is named.
@@ -20,6 +28,9 @@ def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
     aliases: dict[str, str] = {}
     owners: dict[object, str] = {}
     for key, tensor in model.state_dict().items():
+        if tensor.is_meta and key in elsewhere:
+            tensors[key] = tensor
+            continue
         _check_storable(key, tensor)
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         owner = owners.setdefault(place if tensor.numel() else key, key)

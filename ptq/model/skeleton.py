@@ -52,6 +52,7 @@ def fill_computed_buffers(model: nn.Module, device: str | torch.device = "cpu") 
     """Give buffers that no checkpoint holds (rotary frequencies, position ids) their values.
 
     transformers computes them in ``initialize_weights``, which skips what is marked as loaded.
+    On the meta device they stay without.
 
     Raises:
         ModelError: a buffer is still without value; it is named.
@@ -61,7 +62,7 @@ def fill_computed_buffers(model: nn.Module, device: str | torch.device = "cpu") 
         for name, buffer in model.named_buffers()
         if buffer.is_meta and not _is_persistent(model, name)
     }
-    if not waiting:
+    if not waiting or torch.device(device).type == "meta":
         return
     for name, buffer in waiting.items():
         _set_buffer(model, name, _unset_like(buffer, device))

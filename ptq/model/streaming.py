@@ -66,10 +66,16 @@ class StreamedModel:
         """Fill the block that the layer of this name is in, if it is in one."""
         self.fill(_owner(layer, self.waiting))
 
-    def fill_rest(self) -> None:
-        """Fill every block that is still waiting."""
+    def drop(self, block: str) -> None:
+        """Do not fill the block of this name: its tensors come from elsewhere."""
+        self.waiting.pop(block, None)
+
+    def fill_rest(self, filled: Callable[[str], None] | None = None) -> None:
+        """Fill every block that is still waiting; ``filled`` is told of each right after it."""
         for block in list(self.waiting):
             self.fill(block)
+            if filled is not None:
+                filled(block)
 
 
 def stream_model(source: ModelSource, say: Callable[[str], None] | None = None) -> StreamedModel:

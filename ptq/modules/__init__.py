@@ -1,7 +1,9 @@
 """Modules that hold quantized weights."""
 
+from ptq.modules.buffers import buffers_of, weight_of
 from ptq.modules.input_rotation import (
     input_rotation,
+    read_rotated,
     remove_input_rotation,
     rotate_inputs,
 )
@@ -13,12 +15,15 @@ from ptq.modules.tying import tie, tie_shared
 __all__ = [
     "QuantEmbedding",
     "QuantLinear",
+    "buffers_of",
     "input_rotation",
     "quantized_layers",
     "quantized_modules",
+    "read_rotated",
     "remove_input_rotation",
     "rotate_inputs",
     "share_inputs",
     "tie",
     "tie_shared",
+    "weight_of",
 ]

@@ -1,6 +1,6 @@
 """A QuantizedWeight as the buffers of a module: how it is registered, read back and moved."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,8 @@ from ptq.core import QuantizedWeight, packed_width
 BUFFERS = ("codes", "scale", "zero_point", "input_scale", "input_zero_point")
 
 
-def register(module: nn.Module, weight: QuantizedWeight) -> None:
-    """Make the tensors of a weight the buffers of a module; nothing is copied."""
+def buffers_of(weight: QuantizedWeight) -> dict[str, Tensor | None]:
+    """The tensors of a weight by the names of :data:`BUFFERS`; nothing is copied."""
     values = (
         weight.packed,
         weight.scale,
@@ -22,14 +22,26 @@ def register(module: nn.Module, weight: QuantizedWeight) -> None:
         weight.input_scale,
         weight.input_zero_point,
     )
-    for name, value in zip(BUFFERS, values, strict=True):
+    return dict(zip(BUFFERS, values, strict=True))
+
+
+def register(module: nn.Module, weight: QuantizedWeight) -> None:
+    """Make the tensors of a weight the buffers of a module; nothing is copied."""
+    for name, value in buffers_of(weight).items():
         module.register_buffer(name, value)
 
 
 def held_weight(module: nn.Module, scheme: Scheme, shape: tuple[int, int]) -> QuantizedWeight:
     """The buffers as a value; nothing is copied."""
+    return weight_of(module._buffers, scheme, shape)
+
+
+def weight_of(
+    buffers: Mapping[str, Tensor | None], scheme: Scheme, shape: tuple[int, int]
+) -> QuantizedWeight:
+    """The weight of these tensors, those that are None left out or not; nothing is copied."""
     codes, scale, zero_point, input_scale, input_zero_point = (
-        module._buffers[name] for name in BUFFERS
+        buffers.get(name) for name in BUFFERS
     )
     assert codes is not None and scale is not None
     weights = scheme.weights

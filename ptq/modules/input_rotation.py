@@ -37,13 +37,18 @@ def rotate_inputs(linears: list[nn.Linear]) -> None:
     Args:
         linears: of equally many input channels; their weights are changed in place.
     """
-    rotation = Rotation.of(linears[0].in_features)
-    hook = InputRotation(rotation, len(linears))
+    rotation = read_rotated(linears).rotation
     for linear in linears:
         linear.weight.copy_(rotation.weight(linear.weight))
-        hook.handles[linear] = linear.register_forward_pre_hook(
-            hook, prepend=True, with_kwargs=True
-        )
+
+
+def read_rotated(linears: list[nn.Linear]) -> InputRotation:
+    """Let these layers read their input rotated, with the weights that they have."""
+    hook = InputRotation(Rotation.of(linears[0].in_features), len(linears))
+    for linear in linears:
+        handle = linear.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+        hook.handles[linear] = handle
+    return hook
 
 
 def input_rotation(linear: nn.Module) -> InputRotation | None:
