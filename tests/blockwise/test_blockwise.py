@@ -213,7 +213,7 @@ def test_mistakes_are_found_before_anything_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "first"), [("w8a16", "rtn"), ("w8a8", "smoothquant"), ("w4a16-g64", "gptaq")]
+    ("scheme", "first"), [("w8a16", "rtn"), ("w8a8", "rotation"), ("w4a16-g64", "gptaq")]
 )
 def test_auto_is_a_recipe_of_known_steps(scheme: str, first: str) -> None:
     asked = as_config({"scheme": scheme, "recipe": "auto"})
