@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq.command import EXIT_CODES, run_command
+from ptq.config import Scheme
 from ptq.errors import ConfigError
 from ptq.report import Console
 
@@ -46,18 +47,33 @@ def steps(row: dict[str, Any]) -> str:
             continue
         options = ", ".join(f"{key} {value}" for key, value in step.get("options", {}).items())
         parts.append(step["name"] + (f" ({options})" if options else ""))
-    return " + ".join(parts)
+    rules = [
+        f"; `{rule['layers']}` {_word(rule['scheme'])}" for rule in row["config"].get("rules", [])
+    ]
+    return " + ".join(parts) + "".join(rules)
+
+
+def _word(scheme: Any) -> str:
+    return "float" if scheme is None else str(Scheme.model_validate(scheme))
+
+
+def samples(row: dict[str, Any]) -> str:
+    """Calibration samples; a peer's row has them beside its recipe."""
+    config = row["config"]
+    return str((config.get("calibration") or config).get("samples", "-"))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| recipe | perplexity ratio [95%] | mean KL | top-1 agreement | seconds | MB |",
-        "|---|---|---|---|---|---|",
+        "| recipe | samples | perplexity ratio [95%] | mean KL | top-1 agreement | threads "
+        "| seconds | MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda r: -r["ratio"]):
         ratio = f"{row['ratio']:.4f} [{row['ratio_low']:.4f}, {row['ratio_high']:.4f}]"
         lines.append(
-            f"| {steps(row)} | {ratio} | {row['kl_mean']:.4f} | {100 * row['top1_agreement']:.1f}% "
+            f"| {steps(row)} | {samples(row)} | {ratio} | {row['kl_mean']:.4f} "
+            f"| {100 * row['top1_agreement']:.1f}% | {row['environment']['threads']} "
             f"| {row['seconds']:.0f} | {row['tensor_bytes'] / 1e6:.0f} |"
         )
     return "\n".join(lines)
@@ -72,7 +88,8 @@ def page(document: dict[str, Any]) -> str:
         f"```bash\n{COMMAND}\n```",
         f"Model: `{document['model']}`. A ratio is the quantized model's perplexity divided by the "
         "float model's on the same tokens; the interval is of the paired difference. The output "
-        "head is float. Seconds are of the whole quantization, calibration included.",
+        "head is float. Seconds are of the whole quantization, calibration included; other work "
+        "ran beside most of them.",
     ]
     for sha, first in protocols.items():
         protocol, machine = first["protocol"], first["environment"]
@@ -80,8 +97,7 @@ def page(document: dict[str, Any]) -> str:
             f"## {protocol['windows']} windows of {protocol['context']} tokens\n\n"
             f"{protocol['tokens_scored']:,} tokens scored (sha256 {sha[:12]}); float perplexity "
             f"{first['float_perplexity']:.3f} ({protocol['float_dtype']}). "
-            f"{machine['processor']}, {machine['threads']} threads, "
-            f"torch {machine['packages']['torch']}."
+            f"{machine['processor']}, torch {machine['packages']['torch']}."
         )
         here = [row for row in rows if row["protocol"]["tokens_sha256"] == sha]
         for scheme in dict.fromkeys(row["scheme"] for row in here):
