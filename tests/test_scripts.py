@@ -242,7 +242,7 @@ def test_accuracy_page_has_every_row(
     for _ in range(2):  # the second time replaces its own row and keeps the others
         assert bench([*common, "--schemes", "--configs", str(tmp_path / "own.yaml")]) == 0
     found = json.loads(rows.read_text())["rows"]
-    assert [row["recipe"] for row in found] == ["rtn", "gptq", "smoothquant, gptq"]
+    assert [row["recipe"] for row in found] == ["rtn", "gptq", "rotation, gptq"]
     assert make([str(rows), f"--output={page}"]) == 0
     for row in found:
         assert f"{row['ratio']:.4f}" in page.read_text()
