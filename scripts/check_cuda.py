@@ -12,12 +12,12 @@ import sys
 from typing import Any
 
 import torch
-from arguments import dynamic_scheme, shape
+from arguments import dynamic_scheme, script_parser, shape
 from racing import race, timed
 from torch import Tensor, nn
 
 from ptq.algorithms import round_to_nearest
-from ptq.command import EXIT_CODES, output_file, positive, run_command
+from ptq.command import output_file, positive, run_command
 from ptq.config import preset
 from ptq.errors import UnsupportedError
 from ptq.kernels import KERNELS, Kernel, LinearSpec, Reference
@@ -31,9 +31,7 @@ ROWS = (1, 16, 17, 64, 512)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--schemes", nargs="+", type=dynamic_scheme, default=SCHEMES)
     parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="NxK")

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ptq.command import EXIT_CODES, run_command
+from arguments import script_parser
+
+from ptq.command import run_command
 from ptq.config import Scheme
 from ptq.errors import ConfigError
 from ptq.report import Console
@@ -19,9 +21,7 @@ python scripts/make_accuracy_page.py docs/accuracy.json"""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("rows", type=Path, help="JSON of bench_accuracy.py")
     parser.add_argument("--output", type=Path, default=Path("docs/accuracy.md"))
     return parser.parse_args(arguments)

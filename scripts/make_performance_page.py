@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ptq.command import EXIT_CODES, run_command
+from arguments import script_parser
+
+from ptq.command import run_command
 from ptq.errors import ConfigError
 from ptq.report import Console
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser(__doc__)
     for name in ("kernels", "model", "compile"):
         parser.add_argument(f"--{name}", type=Path, required=True, help=f"of bench_{name}.py")
     parser.add_argument("--output", type=Path, default=Path("docs/performance.md"))

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from arguments import add_sizes, script_parser
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from ptq.command import EXIT_CODES, positive, run_command
+from ptq.command import run_command
 from ptq.config import ModelConfig, torch_dtype
 from ptq.errors import ConfigError
 from ptq.model import ModelSource, load_tokenizer
@@ -27,15 +28,10 @@ INDEX = "model.safetensors.index.json"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
     sizes = {"layers": 28, "hidden": 3072, "intermediate": 8192, "heads": 24, "kv-heads": 8}
-    for name, size in (sizes | {"vocab": 128256, "positions": 4096}).items():
-        parser.add_argument(f"--{name}", type=positive, default=size, help=f"default: {size}")
+    add_sizes(parser, sizes | {"vocab": 128256, "positions": 4096})
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="stored"
     )

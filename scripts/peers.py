@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peer_quantize import PEERS
 from safetensors.torch import load_file
 from torch import nn
 
@@ -15,7 +16,7 @@ from ptq.calibrate import TokenSet
 from ptq.config import preset
 from ptq.errors import ConfigError
 
-NAMES = ("llm-compressor", "auto-round", "hqq")
+NAMES = tuple(PEERS)
 _SCRIPT = Path(__file__).with_name("peer_quantize.py")
 
 

@@ -25,7 +25,12 @@ from ptq.config import Plugin, Scheme
 from ptq.core import QuantizedWeight
 from ptq.errors import CalibrationError, PTQError, UnsupportedError
 from ptq.model import block_lists, eval_mode
-from ptq.modules import input_rotation, read_rotated, remove_input_rotation
+from ptq.modules import (
+    input_rotation,
+    quantized_modules,
+    read_rotated,
+    remove_input_rotation,
+)
 from ptq.recipe import Recipe
 from ptq.refine import BlockJob, DistillJob, LayerState, quantized_inputs
 from ptq.swap import place
@@ -62,7 +67,6 @@ class Blockwise:
     done: set[str] = field(default_factory=set, init=False)
     waiting: dict[str, LayerState] = field(default_factory=dict, init=False)
     restored: list[str] = field(default_factory=list, init=False)
-    rotated: list[str] = field(default_factory=list, init=False)
     _keeper: Keeper | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -151,10 +155,9 @@ class Blockwise:
             return 0
         device = stream.hidden[0].device
         for position, name in enumerate(stream.names[: reached.finished]):
-            inside = self._inside(name)
             schemes = {
                 key: _rotated(scheme) if f"{name}.{key}" in reached.rotated else scheme
-                for key, scheme in inside.items()
+                for key, scheme in self._inside(name).items()
             }
             layers = self._keeper.put_back(stream.names, position, schemes, device)
             self._settle(name, layers)
@@ -162,7 +165,6 @@ class Blockwise:
             if self._keeper.store.streams:
                 empty(self.model.get_submodule(name))
         self.notes[:], self.remedies[:] = reached.notes, reached.remedies
-        self.rotated[:] = reached.rotated
         for each, hidden in ((stream, reached.hidden), (exact, reached.exact)):
             if each is not None and hidden:
                 each.hidden[:] = [h.to(device) for h in hidden]
@@ -183,9 +185,15 @@ class Blockwise:
             exact.hidden if exact is not None and followed else [],
             self.notes,
             self.remedies,
-            self.rotated,
+            self._rotated_layers(),
         )
         self._keeper.store.keep_progress(stream.names, reached)
+
+    def _rotated_layers(self) -> list[str]:
+        """Names of the layers so far whose input is rotated."""
+        found = {name: layer.scheme for name, layer in quantized_modules(self.model).items()}
+        found |= {name: state.scheme for name, state in self.waiting.items()}
+        return [name for name, scheme in found.items() if scheme.input_rotation is not None]
 
     def _pass(self, stream: BlockStream, exact: BlockStream | None, position: int) -> None:
         """Carry the hidden states through one block, and quantize its layers if it has any."""
@@ -220,7 +228,6 @@ class Blockwise:
         self._transform(stream, position, block, schemes)
         turned = [key for key in linears if input_rotation(linears[key]) is not None]
         schemes |= {key: _rotated(schemes[key]) for key in turned}
-        self.rotated += [f"{name}.{key}" for key in turned]
         seen = self._new_seen(schemes)
         if not seen.idle:
             self._watch(seen, stream, exact, position, linears)

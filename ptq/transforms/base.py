@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from ptq.config import Scheme
 
+LARGEST_SCALE = 1024.0
+"""The largest scale of a channel, and one over the smallest."""
+
 
 @dataclass(frozen=True)
 class ScaleGroup:

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ptq.transforms.base import ScaleGroup
-
-_LARGEST = 1024.0  # scale, and one over the smallest
+from ptq.transforms.base import LARGEST_SCALE, ScaleGroup
 
 
 def chains_of(groups: Sequence[ScaleGroup]) -> list[list[ScaleGroup]]:
@@ -74,7 +72,8 @@ class Chain:
         for group, old in self.scales.items():
             rows, columns = self.ranges(group)
             factor = torch.where((rows > 0) & (columns > 0), (rows / columns).sqrt(), 1.0)
-            new = (old * factor[group.source_channels(old.numel())]).clamp(1 / _LARGEST, _LARGEST)
+            new = old * factor[group.source_channels(old.numel())]
+            new = new.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
             self.scales[group] = new
             moved = max(moved, float((new / old).log().abs().max()))
         return moved

@@ -7,7 +7,6 @@ Signs before the matrix, of which the paper draws one set, are merged into the n
 comes from; a few draws are compared on calibration rows.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
@@ -20,7 +19,7 @@ from ptq.core import Rotation
 from ptq.modules import rotate_inputs
 from ptq.transforms.apply import scale_source, scale_targets
 from ptq.transforms.base import ChannelStats, ScaleGroup
-from ptq.transforms.search import Target
+from ptq.transforms.search import Target, relative_errors, targets_of
 
 
 class RotationOptions(BaseModel):
@@ -76,12 +75,7 @@ def _rotate(
     schemes: Mapping[str, Scheme],
     options: RotationOptions,
 ) -> str:
-    linears = [block.get_submodule(name) for name in names]
-    targets = [
-        Target(linear.weight.detach(), samples[name], schemes[name])
-        for name, linear in zip(names, linears, strict=True)
-        if isinstance(linear, nn.Linear)
-    ]
+    targets = targets_of(block, names, samples, schemes)
     rotation = Rotation.of(targets[0].weight.shape[1])
     if rotation.order == 1:
         return f"not rotated, there is no Hadamard matrix for {rotation.size} channels"
@@ -90,15 +84,15 @@ def _rotate(
     signs = [flat, *_draws(flat, options.draws if _holds_signs(group) else 0)]
     errors = [sum(_error(target, rotation, s) for target in targets) for s in signs]
     best = min(range(len(signs)), key=lambda draw: errors[draw])
-    size = sum(float(target.exact.square().sum(dtype=torch.float64)) for target in targets)
-    before, after = (math.sqrt(e / size) if size else 0.0 for e in (unrotated, errors[best]))
+    before, after = relative_errors(targets, unrotated, errors[best])
     change = f"relative error {before:.3g} -> {after:.3g}"
     if not after < (1 - options.gain) * before:
         return f"not rotated, {change}"
     if best and group is not None:
         scale_source(block, group, signs[best])
         scale_targets(block, group, signs[best])
-    rotate_inputs([linear for linear in linears if isinstance(linear, nn.Linear)])
+    modules = (block.get_submodule(name) for name in names)
+    rotate_inputs([module for module in modules if isinstance(module, nn.Linear)])
     word = f"signs {best}, " if best else ""
     return f"rotated by {rotation.left} x {rotation.right}, {word}{change}"
 

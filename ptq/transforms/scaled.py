@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq.algorithms.rtn import round_to_nearest
 from ptq.config import Scheme
-from ptq.transforms.search import quantize_input
+from ptq.transforms.search import quantized_output
 
 
 @dataclass(eq=False)
@@ -43,9 +42,7 @@ class ScaledLayer:
             into: float32 [K]; its columns are multiplied by it.
         """
         weight = (self.weight.float() * into / out[:, None]).to(self.weight.dtype)
-        codes = round_to_nearest(weight, self.scheme.weights)
-        x = quantize_input(self.rows / into, self.scheme.activations)
-        made = x @ codes.dequantize().T * out
+        made = quantized_output(self.rows / into, weight, self.scheme) * out
         return self._sum(made - self.exact) / self.size if self.size else 0.0
 
     def _sum(self, y: Tensor) -> float:

@@ -14,9 +14,7 @@ from ptq.core import choose_qparams
 from ptq.formats import FORMATS
 from ptq.kernels import quantize_activation
 from ptq.transforms.apply import apply_scale, realizable
-from ptq.transforms.base import ChannelStats, ScaleGroup
-
-_LARGEST = 1024.0  # scale, and one over the smallest
+from ptq.transforms.base import LARGEST_SCALE, ChannelStats, ScaleGroup
 
 
 @dataclass(eq=False)
@@ -46,9 +44,8 @@ class Target:
 
     def error_of(self, rows: Tensor, weight: Tensor) -> float:
         """The same for other rows and another weight, both float32, whose product is the same."""
-        codes = round_to_nearest(weight.to(self.weight.dtype), self.scheme.weights)
-        x = quantize_input(rows, self.scheme.activations)
-        return float((x @ codes.dequantize().T - self.exact).square().sum(dtype=torch.float64))
+        made = quantized_output(rows, weight.to(self.weight.dtype), self.scheme)
+        return float((made - self.exact).square().sum(dtype=torch.float64))
 
 
 @dataclass(eq=False)
@@ -116,11 +113,7 @@ def _scale(
     schemes: Mapping[str, Scheme],
     propose: Propose,
 ) -> str:
-    targets = []
-    for name in names:
-        weight = block.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        targets.append(Target(weight.detach(), samples[name], schemes[name]))
+    targets = targets_of(block, names, samples, schemes)
     device = targets[0].weight.device
     reach = Reach(group, stats[names[0]].absmax, stats[names[0]].absmean, targets)
     reach.absmax = reach.shared(reach.absmax.to(device), "amax")
@@ -134,10 +127,30 @@ def _scale(
             best, chosen = error, (word, s)
     if chosen is not None:
         apply_scale(block, group, chosen[1])
-    size = sum(float(target.exact.square().sum(dtype=torch.float64)) for target in targets)
-    before, after = (math.sqrt(e / size) if size else 0.0 for e in (unscaled, best))
+    before, after = relative_errors(targets, unscaled, best)
     word = "no scaling is best" if chosen is None else chosen[0]
     return f"{group}: {word}, relative error {before:.3g} -> {after:.3g}"
+
+
+def targets_of(
+    block: nn.Module,
+    names: Iterable[str],
+    samples: Mapping[str, Tensor],
+    schemes: Mapping[str, Scheme],
+) -> list[Target]:
+    """The named layers of a block, as they are now."""
+    targets = []
+    for name in names:
+        weight = block.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        targets.append(Target(weight.detach(), samples[name], schemes[name]))
+    return targets
+
+
+def relative_errors(targets: Iterable[Target], *errors: float) -> list[float]:
+    """The roots of summed errors of the targets, relative to what the float layers give."""
+    size = sum(float(target.exact.square().sum(dtype=torch.float64)) for target in targets)
+    return [math.sqrt(error / size) if size else 0.0 for error in errors]
 
 
 def _tame(s: Tensor) -> Tensor:
@@ -146,7 +159,13 @@ def _tame(s: Tensor) -> Tensor:
     if not bool(usable.any()):
         return torch.ones_like(s)
     s = s / s[usable].double().log().mean().exp().float()
-    return torch.where(usable, s, torch.ones_like(s)).clamp(1 / _LARGEST, _LARGEST)
+    return torch.where(usable, s, torch.ones_like(s)).clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
+
+
+def quantized_output(rows: Tensor, weight: Tensor, scheme: Scheme) -> Tensor:
+    """``Qa(x) Qw(W)^T``, float32 [R, N], of rows [R, K] and a weight rounded to nearest."""
+    codes = round_to_nearest(weight, scheme.weights)
+    return quantize_input(rows, scheme.activations) @ codes.dequantize().T
 
 
 def quantize_input(x: Tensor, scheme: ActivationScheme | None) -> Tensor:
