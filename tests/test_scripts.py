@@ -19,12 +19,6 @@ from tests.tiny import tiny_tokenizer
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _scripts_import_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they do when Python runs one of them."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-
-
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
