@@ -1,4 +1,7 @@
-"""Scaling a group: the source's output channels divided by s, its readers' columns times s."""
+"""Changing what a group's source gives, and its readers to match: output channels divided by s and
+columns multiplied by it, or both mixed by a matrix."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -73,3 +76,27 @@ def scale_targets(block: nn.Module, group: ScaleGroup, s: Tensor) -> None:
         weight = block.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         weight.copy_(weight.float() * s.to(weight.device, torch.float32))
+
+
+Mix = Callable[[Tensor], Tensor]
+"""Channels, float32 [..., N], to as many that are mixtures of them."""
+
+
+@torch.no_grad()
+def mix_source(block: nn.Module, group: ScaleGroup, mix: Mix) -> None:
+    """Let a linear source give ``mix`` of what it gave, in place."""
+    source = block.get_submodule(group.source)
+    weight, bias = source.weight, getattr(source, "bias", None)
+    assert isinstance(weight, Tensor)
+    weight.copy_(mix(weight.float().T).T)
+    if isinstance(bias, Tensor):
+        bias.copy_(mix(bias.float()))
+
+
+@torch.no_grad()
+def mix_targets(block: nn.Module, group: ScaleGroup, mix: Mix) -> None:
+    """Mix the columns of the targets' weights, in place."""
+    for name in group.targets:
+        weight = block.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        weight.copy_(mix(weight.float()))

@@ -29,6 +29,8 @@ class ScaleGroup:
         head_dim: channels of a head where the targets see each head ``repeats`` times in a row
             (grouped-query attention); None where channel j of the source is channel j of the
             targets.
+        mixes: of heads: so many consecutive channels, those of a head, can be mixed with each
+            other by any matrix, the same for every head; None where that is not known.
     """
 
     source: str
@@ -37,6 +39,7 @@ class ScaleGroup:
     offset: int = 0
     head_dim: int | None = None
     repeats: int = 1
+    mixes: int | None = None
 
     def __str__(self) -> str:
         return f"{self.source} -> {', '.join(self.targets)}"

@@ -7,6 +7,7 @@ all drop out by themselves.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -57,7 +58,8 @@ def _find(probe: Probe) -> list[ScaleGroup]:
         groups += _first(probe, made)
     for name in linears:
         if name not in read_norms:
-            groups += _first(probe, _pairs(block, name, linears, flow))
+            found = _first(probe, _pairs(block, name, linears, flow))
+            groups += [_with_heads(probe, group, linears) for group in found]
     place = {name: index for index, name in enumerate(flow.reads)}
     return sorted(groups, key=lambda g: (g.kind != "norm", place[g.targets[0]]))
 
@@ -66,6 +68,18 @@ def _first(probe: Probe, candidates: Iterator[ScaleGroup]) -> list[ScaleGroup]:
     """The first candidate that holds, so that no layer is a target twice."""
     held = next((group for group in candidates if probe.preserves(group)), None)
     return [] if held is None else [held]
+
+
+def _with_heads(probe: Probe, group: ScaleGroup, linears: dict[str, nn.Linear]) -> ScaleGroup:
+    """The group, and whether the channels of its heads can be mixed."""
+    if group.kind != "heads":
+        return group
+    rows = linears[group.source].out_features
+    dims = _head_dims(probe.block, group.source, group.targets[0])
+    if group.head_dim is not None:
+        dims = [group.head_dim]
+    mixed = next((d for d in dims if rows % d == 0 and probe.mixes(group, d)), None)
+    return replace(group, mixes=mixed)
 
 
 def _norm_targets(

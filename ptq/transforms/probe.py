@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq.transforms.apply import apply_scale, scale_source
+from ptq.transforms.apply import mix_source, mix_targets, scale_source, scale_targets
 from ptq.transforms.base import ScaleGroup
 from ptq.transforms.calls import mapped, tensors_in
 
@@ -44,28 +44,56 @@ class Probe:
         hardly anything. A norm's weight is replaced by one that gives the factor 1 meanwhile, so
         that the same holds for a weight that is stored less 1.
         """
-        source = self.block.get_submodule(group.source)
-        modules = [source, *(self.block.get_submodule(name) for name in group.targets)]
-        columns = modules[1].weight
-        assert isinstance(columns, Tensor) and isinstance(source.weight, Tensor)
+        columns = self.block.get_submodule(group.targets[0]).weight
+        assert isinstance(columns, Tensor)
         channels = group.source_channels(columns.shape[1])
         generator = torch.Generator().manual_seed(0)
         powers = torch.tensor([0.25, 0.5, 2.0, 4.0])
         s = powers[torch.randint(4, (int(channels.max()) + 1,), generator=generator)][channels]
+        return self._unchanged(
+            group,
+            lambda: scale_source(self.block, group, s),
+            lambda: scale_targets(self.block, group, s),
+        )
+
+    def mixes(self, group: ScaleGroup, size: int) -> bool:
+        """Whether the channels of each ``size`` consecutive ones can be mixed by any matrix;
+        weights are restored.
+
+        The group is known to hold for any positive scales. Here channels of a head change places
+        and signs, exactly. What every such change commutes with multiplies all channels of a head
+        by the same number, and so commutes with every matrix.
+        """
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(size, generator=generator)
+        signs = torch.randint(2, (size,), generator=generator) * 2.0 - 1.0
+
+        def shuffled(x: Tensor) -> Tensor:
+            heads = x.reshape(*x.shape[:-1], -1, size)
+            return (heads[..., order.to(x.device)] * signs.to(x.device)).reshape(x.shape)
+
+        return self._unchanged(
+            group,
+            lambda: mix_source(self.block, group, shuffled),
+            lambda: mix_targets(self.block, group, shuffled),
+        )
+
+    def _unchanged(
+        self, group: ScaleGroup, at_source: Callable[[], None], at_targets: Callable[[], None]
+    ) -> bool:
+        """Whether two changes undo each other, and the first alone does not do nothing."""
+        source = self.block.get_submodule(group.source)
+        modules = [source, *(self.block.get_submodule(name) for name in group.targets)]
+        assert isinstance(source.weight, Tensor)
+        before = self.usual
         with torch.no_grad(), _restored(modules):
-            before = self.usual
             if group.kind == "norm":
                 source.weight.fill_(1 - group.offset)
                 before = self.run()
-            apply_scale(self.block, group, s)
-            after = _distance(before, self.run())
-        if not after < math.inf:
-            return False
-        with torch.no_grad(), _restored(modules):
-            if group.kind == "norm":
-                source.weight.fill_(1 - group.offset)
-            scale_source(self.block, group, s)
+            at_source()
             alone = _distance(before, self.run())
+            at_targets()
+            after = _distance(before, self.run())
         return 0 < alone < math.inf and after <= _TOLERANCE * alone
 
     def watch(self) -> "Flow":

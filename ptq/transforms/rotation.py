@@ -1,13 +1,15 @@
 """Rotation: what the layers read is mixed by a Hadamard matrix, so that no channel stands out.
 
 Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (arXiv 2404.00456),
-section 3. The inverse is merged into the weights; the rotation itself is done as the input arrives,
-by two small products (:class:`ptq.core.Rotation`), and layers that read the same input share it.
-Signs before the matrix, of which the paper draws one set, are merged into the norm that the input
-comes from; a few draws are compared on calibration rows.
+section 3. The inverse is merged into the weights. Between the values of an attention and the layer
+that reads its heads, the rotation of each head is merged into the values as well. Elsewhere it is
+done as the input arrives, by two small products (:class:`ptq.core.Rotation`), and layers that read
+the same input share it. Signs before the matrix, of which the paper draws one set, are merged into
+what the input comes from; a few draws are compared on calibration rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from ptq.config import Scheme
 from ptq.core import Rotation
 from ptq.modules import rotate_inputs
-from ptq.transforms.apply import scale_source, scale_targets
+from ptq.transforms.apply import mix_source, mix_targets, scale_source, scale_targets
 from ptq.transforms.base import ChannelStats, ScaleGroup
 from ptq.transforms.search import Target, relative_errors, targets_of
 
@@ -67,6 +69,28 @@ def _inputs(
     yield from ((None, [name]) for name in schemes if name not in known)
 
 
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """A rotation of what some layers read: of its draws of signs, the best one.
+
+    Args:
+        merged: it is done by the layer that gives what they read, and costs nothing at run time.
+        signs: float32 [K] of 1 and -1, before the matrix; the draw of a number, 0 is all ones.
+        error: of the targets, squared.
+    """
+
+    rotation: Rotation
+    merged: bool
+    number: int
+    signs: Tensor
+    error: float
+
+    def __str__(self) -> str:
+        word = "merged" if self.merged else "rotated"
+        signs = f", signs {self.number}" if self.number else ""
+        return f"{word} by {self.rotation.left} x {self.rotation.right}{signs}"
+
+
 def _rotate(
     block: nn.Module,
     group: ScaleGroup | None,
@@ -76,25 +100,58 @@ def _rotate(
     options: RotationOptions,
 ) -> str:
     targets = targets_of(block, names, samples, schemes)
-    rotation = Rotation.of(targets[0].weight.shape[1])
-    if rotation.order == 1:
-        return f"not rotated, there is no Hadamard matrix for {rotation.size} channels"
-    flat = torch.ones(rotation.size, device=targets[0].weight.device)
-    unrotated = sum(target.error(flat) for target in targets)
-    signs = [flat, *_draws(flat, options.draws if _holds_signs(group) else 0)]
-    errors = [sum(_error(target, rotation, s) for target in targets) for s in signs]
-    best = min(range(len(signs)), key=lambda draw: errors[draw])
-    before, after = relative_errors(targets, unrotated, errors[best])
+    flat = torch.ones(targets[0].weight.shape[1], device=targets[0].weight.device)
+    least = unrotated = sum(target.error(flat) for target in targets)
+    chosen, tried = None, None
+    for tried in _choices(targets, group, flat, options.draws):
+        if tried.error < (1 - options.gain) ** 2 * least:
+            chosen, least = tried, tried.error
+    if tried is None:
+        return f"not rotated, there is no Hadamard matrix for {flat.numel()} channels"
+    before, after = relative_errors(targets, unrotated, (chosen or tried).error)
     change = f"relative error {before:.3g} -> {after:.3g}"
-    if not after < (1 - options.gain) * before:
+    if chosen is None:
         return f"not rotated, {change}"
-    if best and group is not None:
-        scale_source(block, group, signs[best])
-        scale_targets(block, group, signs[best])
+    _apply(block, group, names, chosen)
+    return f"{chosen}, {change}"
+
+
+def _choices(
+    targets: Sequence[Target], group: ScaleGroup | None, flat: Tensor, draws: int
+) -> Iterator[_Choice]:
+    """The rotations of an input, what costs least at run time first."""
+    size = flat.numel()
+    if group is not None and group.mixes is not None:
+        rotation = Rotation.of(size, group.mixes)
+        signs = [s.repeat(size // group.mixes) for s in _draws(flat[: group.mixes], draws)]
+        if rotation.order > 1:
+            yield _best(targets, rotation, True, [flat, *signs])
+    rotation = Rotation.of(size)
+    if rotation.order > 1:
+        signs = list(_draws(flat, draws if _holds_signs(group) else 0))
+        yield _best(targets, rotation, False, [flat, *signs])
+
+
+def _best(
+    targets: Sequence[Target], rotation: Rotation, merged: bool, signs: list[Tensor]
+) -> _Choice:
+    errors = [sum(_error(target, rotation, s) for target in targets) for s in signs]
+    draw = min(range(len(signs)), key=lambda number: errors[number])
+    return _Choice(rotation, merged, draw, signs[draw], errors[draw])
+
+
+def _apply(block: nn.Module, group: ScaleGroup | None, names: list[str], choice: _Choice) -> None:
+    if choice.number and group is not None:
+        scale_source(block, group, choice.signs)
+        scale_targets(block, group, choice.signs)
+    if choice.merged and group is not None:
+        source = block.get_submodule(group.source)
+        assert isinstance(source.weight, Tensor)
+        mix_source(block, group, Rotation.of(source.weight.shape[0], group.mixes))
+        mix_targets(block, group, choice.rotation.weight)
+        return
     modules = (block.get_submodule(name) for name in names)
     rotate_inputs([module for module in modules if isinstance(module, nn.Linear)])
-    word = f"signs {best}, " if best else ""
-    return f"rotated by {rotation.left} x {rotation.right}, {word}{change}"
 
 
 def _holds_signs(group: ScaleGroup | None) -> bool:

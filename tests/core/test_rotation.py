@@ -67,6 +67,14 @@ def test_the_entries_are_exact_in_narrow_dtypes(dtype: torch.dtype) -> None:
     assert rotation(torch.ones(2, 3, 1536, dtype=dtype)).dtype == dtype
 
 
+def test_channels_are_mixed_only_within_a_head() -> None:
+    rotation = Rotation.of(24, within=8)
+    head = Rotation.of(8)(torch.eye(8))
+    assert torch.equal(rotation(torch.eye(24)), torch.block_diag(head, head, head))
+    with pytest.raises(UnsupportedError, match="24 channels are no multiple of 7"):
+        Rotation.of(24, within=7)
+
+
 def test_a_rotation_of_nothing_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="at least 1"):
         Rotation.of(0)

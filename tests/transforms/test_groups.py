@@ -1,5 +1,6 @@
 """Scaling groups are found where they are, and only there, in blocks of several families."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,16 +16,16 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LLAMA = [
     ScaleGroup("input_layernorm", QKV, "norm"),
     ScaleGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "norm"),
-    ScaleGroup("self_attn.v_proj", ("self_attn.o_proj",), "heads"),
+    ScaleGroup("self_attn.v_proj", ("self_attn.o_proj",), "heads", mixes=8),
     ScaleGroup("mlp.up_proj", ("mlp.down_proj",), "linear"),
 ]
-GROUPED = ScaleGroup("self_attn.v_proj", ("self_attn.o_proj",), "heads", head_dim=8, repeats=2)
+GROUPED = ScaleGroup("self_attn.v_proj", ("self_attn.o_proj",), "heads", 0, 8, 2, mixes=8)
 FOUND = {
     "llama": [*LLAMA[:2], GROUPED, LLAMA[3]],
     "llama-mha": LLAMA,
     "llama-relu": LLAMA,
     # The norms come after the residual, which reads them too; GELU is not homogeneous.
-    "bert": [ScaleGroup("attention.self.value", ("attention.output.dense",), "heads")],
+    "bert": [ScaleGroup("attention.self.value", ("attention.output.dense",), "heads", mixes=8)],
     "gemma2": [
         ScaleGroup("input_layernorm", QKV, "norm", offset=1),
         ScaleGroup("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "norm", 1),
@@ -34,7 +35,7 @@ FOUND = {
     "opt": [
         ScaleGroup("self_attn_layer_norm", QKV, "norm"),
         ScaleGroup("final_layer_norm", ("fc1",), "norm"),
-        ScaleGroup("self_attn.v_proj", ("self_attn.out_proj",), "heads"),
+        ScaleGroup("self_attn.v_proj", ("self_attn.out_proj",), "heads", mixes=8),
         ScaleGroup("fc1", ("fc2",), "linear"),  # ReLU
     ],
     "gpt_neox": [
@@ -60,8 +61,8 @@ def test_the_groups_of_a_family(family: str, dtype: torch.dtype) -> None:
     assert [(set(g.targets), g.source, g.kind) for g in groups] == [
         (set(g.targets), g.source, g.kind) for g in FOUND[family]
     ]
-    assert [(g.offset, g.head_dim, g.repeats) for g in groups] == [
-        (g.offset, g.head_dim, g.repeats) for g in FOUND[family]
+    assert [(g.offset, g.head_dim, g.repeats, g.mixes) for g in groups] == [
+        (g.offset, g.head_dim, g.repeats, g.mixes) for g in FOUND[family]
     ]
     after = called.block.state_dict()
     assert all(torch.equal(after[name], old) for name, old in before.items())
@@ -127,22 +128,38 @@ def test_what_is_left_for_later_blocks_counts_as_output() -> None:
 class Values(nn.Module):
     """What grouped-query attention does to its values: two heads of 8, each seen three times."""
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(
+        self, head_dim: int, then: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.v, self.o = nn.Linear(16, 16), nn.Linear(48, 16)
-        self.head_dim = head_dim
+        self.head_dim, self.then = head_dim, then
 
     def forward(self, x: Tensor) -> Tensor:
         heads = self.v(x).unflatten(-1, (2, 8)).repeat_interleave(3, dim=-2)
-        return x + self.o(heads.cumsum(1).flatten(-2))
+        heads = heads.cumsum(1).flatten(-2)
+        return x + self.o(heads if self.then is None else self.then(heads, x))
 
 
 def test_a_head_size_is_believed_only_if_it_holds() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 16)
-    held = ScaleGroup("v", ("o",), "heads", head_dim=8, repeats=3)
+    held = ScaleGroup("v", ("o",), "heads", head_dim=8, repeats=3, mixes=8)
     assert find_groups(Values(8), (x,), {}) == [held]
     assert find_groups(Values(4), (x,), {}) == []
+
+
+@pytest.mark.parametrize(
+    "then",
+    [lambda heads, _: heads.relu(), lambda heads, x: heads * x.repeat(1, 1, 3).sigmoid()],
+    ids=["relu", "a gate for each channel"],
+)
+def test_what_can_be_scaled_can_not_always_be_mixed(
+    then: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    held = ScaleGroup("v", ("o",), "heads", head_dim=8, repeats=3)
+    assert find_groups(Values(8, then), (torch.randn(2, 5, 16),), {}) == [held]
 
 
 def test_an_unused_layer_makes_no_group_and_training_mode_comes_back() -> None:

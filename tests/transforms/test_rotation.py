@@ -90,6 +90,31 @@ def test_layers_of_one_input_rotate_it_once() -> None:
     assert all(x is seen[0] for x in seen)
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-mha", "bert", "opt", "gemma2"])
+def test_heads_are_rotated_by_the_layer_that_gives_them(family: str) -> None:
+    called = block_of(family)
+    groups = find_groups(called.block, called.arguments, called.keywords)
+    (group,) = (g for g in groups if g.kind == "heads")
+    source, target = (called.block.get_submodule(n) for n in (group.source, *group.targets))
+    assert isinstance(source, nn.Linear)
+    with torch.no_grad():  # a channel of each head stands out
+        source.weight[::8] *= 40
+    before, rule = called.run(), preset("w8a8")
+    exact = outputs(called, group.targets)
+    worse = error(called, group.targets, rule, exact)
+    step, samples = TRANSFORMS["rotation"], called.inputs(group.targets)
+    schemes = dict.fromkeys(group.targets, rule)
+    (note,) = step.apply(called.block, [group], samples, {}, schemes, step.options())
+    assert "merged by " in note
+    assert input_rotation(target) is None
+    torch.testing.assert_close(called.run(), before, rtol=1e-4, atol=1e-4)
+    (x,) = called.inputs(group.targets).values()
+    heads = x.reshape(-1, 8).square().mean(0)
+    assert float(heads.max() / heads.mean()) < 4  # it was 8
+    # A step is sqrt(8) times finer at best, so squared errors 8 times less.
+    assert error(called, group.targets, rule, exact) < worse / 2
+
+
 def batches() -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(5)
     return [{"input_ids": torch.randint(0, 97, (1, 24), generator=generator)} for _ in range(4)]
