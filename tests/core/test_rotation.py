@@ -65,6 +65,8 @@ def test_the_entries_are_exact_in_narrow_dtypes(dtype: torch.dtype) -> None:
     rotation = Rotation.of(1536)
     assert torch.equal(rotation(torch.eye(1536, dtype=dtype)).float(), rotation(torch.eye(1536)))
     assert rotation(torch.ones(2, 3, 1536, dtype=dtype)).dtype == dtype
+    x = torch.randn(2, 3, 1536, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(rotation(x), rotation(x.float()).to(dtype))  # rounded once
 
 
 def test_channels_are_mixed_only_within_a_head() -> None:
