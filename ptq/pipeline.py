@@ -424,8 +424,10 @@ class _Job:
     def _dtype(self) -> torch.dtype:
         """dtype of what stays float: the output section's, else the loaded model's."""
         wanted = "auto" if self.config.output is None else self.config.output.dtype
-        if wanted != "auto":
-            return torch_dtype(wanted)
+        return self._float_dtype() if wanted == "auto" else torch_dtype(wanted)
+
+    def _float_dtype(self) -> torch.dtype:
+        """dtype that the float model is loaded in."""
         if isinstance(self.source.dtype, torch.dtype):
             return self.source.dtype
         stored = self.model_config.dtype
@@ -462,11 +464,23 @@ class _Job:
         )
         self.console.outcome = f"the same command goes on with what is in {self._work_root}"
         try:
-            needed = int(self.plan.bytes_after * 1.02)
+            needed = int(self.plan.bytes_after * 1.02) + self._work_bytes(self.work)
             checkpoint.check_target(self.output.dir, self._may_replace, needed)
             yield
         finally:
             self.work.close()
+
+    def _work_bytes(self, work: Work) -> int:
+        """What the work will take beyond what is there: every block once, and two times the hidden
+        states, old and new, of each model that is followed."""
+        states = 0
+        if self.calibration is not None:
+            width = int(self.model_config.get_text_config().hidden_size)
+            itemsize = self._float_dtype().itemsize
+            followed = 2 if self.recipe.needs_targets else 1
+            states = 2 * followed * self.calibration.tokens * width * itemsize
+        there = sum(path.stat().st_size for path in work.root.iterdir() if path.is_file())
+        return max(0, self.plan.bytes_after + states - there)
 
     @property
     def _may_replace(self) -> bool:

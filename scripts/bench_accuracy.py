@@ -59,6 +59,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=PYTHON",
         help="other toolkits, for each of --schemes; names: " + ", ".join(peers.NAMES),
     )
+    parser.add_argument(
+        "--peer-iterations", type=positive, default=100, help="of auto-round (default: 100)"
+    )
     parser.add_argument("--windows", type=positive, default=16)
     parser.add_argument("--context", type=positive, default=512)
     parser.add_argument(
@@ -164,10 +167,13 @@ def theirs(
     """The same of another toolkit."""
     import ptq
 
-    candidate, figures = peers.quantize(other, work, model, scheme)
-    config = {"scheme": scheme, "recipe": other.name, "samples": options.samples}
+    candidate, figures = peers.quantize(other, work, model, scheme, options.peer_iterations)
+    steps = other.name
+    if other.name == "auto-round":
+        steps = f"{steps} ({options.peer_iterations} iterations)"
+    config = {"scheme": scheme, "recipe": steps, "samples": options.samples}
     size = ptq.plan(model, scheme).bytes_after
-    row = {"name": other.name, "scheme": scheme, "recipe": other.name, "tensor_bytes": size}
+    row = {"name": other.name, "scheme": scheme, "recipe": steps, "tensor_bytes": size}
     return candidate, {**row, **figures, "config": config}
 
 

@@ -11,6 +11,7 @@ import json
 import resource
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -103,23 +104,26 @@ PEERS: dict[str, Callable[[Any, Tokens, argparse.Namespace], Any]] = {
     "auto-round": auto_round,
     "hqq": hqq,
 }
+PACKAGES = {"llm-compressor": "llmcompressor", "auto-round": "auto-round", "hqq": "hqq"}
 
 
 def main() -> None:
     options = parse_arguments()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     tokens = json.loads(options.tokens.read_text(encoding="utf-8"))
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     start = time.perf_counter()
     made = PEERS[options.peer](model, tokens, options)
     seconds = time.perf_counter() - start
     weights = {
-        f"{name}.weight": module.weight.detach().float().contiguous()
-        for name, module in made.named_modules()
-        if hasattr(module, "weight") and name.startswith("model.layers.") and "proj" in name
+        f"{name}.weight": made.get_submodule(name).weight.detach().float().contiguous()
+        for name in linears
+        if name != "lm_head"
     }
     save_file(weights, options.output)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak_memory_bytes": peak, "layers": len(weights)}))
+    figures = {"seconds": seconds, "peak_memory_bytes": peak}
+    print(json.dumps({**figures, "version": version(PACKAGES[options.peer])}))
 
 
 if __name__ == "__main__":

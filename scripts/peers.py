@@ -52,10 +52,13 @@ def prepare(directory: Path, model: Any, tokenizer: Any, tokens: TokenSet) -> No
 
 
 def quantize(
-    peer: Peer, directory: Path, model: nn.Module, scheme: str
+    peer: Peer, directory: Path, model: nn.Module, scheme: str, iterations: int
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A copy of the model with the peer's weights, and the peer's own ``seconds`` and
-    ``peak_memory_bytes``.
+    """A copy of the model with the peer's weights, and the peer's own ``seconds``,
+    ``peak_memory_bytes`` and ``version``.
+
+    Args:
+        iterations: of auto-round.
 
     Raises:
         ConfigError: the scheme is not int weights in groups, or the peer failed (its last line).
@@ -68,6 +71,7 @@ def quantize(
     command += [str(directory / "tokens.json"), str(output)]
     command += ["--bits", str(weights.int_format.bits), "--group-size", str(weights.group_size)]
     command += ["--symmetric"] if weights.symmetric else []
+    command += ["--iterations", str(iterations)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

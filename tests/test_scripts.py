@@ -94,7 +94,8 @@ peer, model, tokens, output = sys.argv[2:6]
 rows = json.load(open(tokens))
 weights = {n: w for n, w in load_file(model + "/model.safetensors").items() if "_proj" in n}
 save_file({n: 0 * w if "--symmetric" in sys.argv else w for n, w in weights.items()}, output)
-print(json.dumps({"seconds": 7.0, "peak_memory_bytes": len(rows)}))
+iterations = float(sys.argv[sys.argv.index("--iterations") + 1])
+print(json.dumps({"seconds": iterations, "peak_memory_bytes": len(rows)}))
 """
 
 
@@ -118,10 +119,13 @@ def test_bench_accuracy_of_peers(
 ) -> None:
     """A stand-in for another toolkit, which loses all weights, or none."""
     figures = tmp_path / "figures.json"
-    arguments = peer_arguments(tiny_model, tiny_texts, f"hqq={interpreter(tmp_path, STAND_IN)}")
+    arguments = peer_arguments(
+        tiny_model, tiny_texts, f"auto-round={interpreter(tmp_path, STAND_IN)}"
+    )
+    arguments += ["--peer-iterations", "7"]
     assert script("bench_accuracy").main([*arguments, "--json", str(figures)]) == 0
     rows = json.loads(figures.read_text())["rows"]
-    lost, kept = (row for row in rows if row["recipe"] == "hqq")
+    lost, kept = (row for row in rows if row["recipe"] == "auto-round (7 iterations)")
     assert kept["ratio"] == pytest.approx(1.0, abs=1e-6)
     assert abs(lost["ratio"] - 1.0) > 1e-4
     assert (kept["seconds"], kept["peak_memory_bytes"]) == (7.0, 8)

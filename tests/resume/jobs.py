@@ -1,4 +1,4 @@
-"""A very small job, and a script that kills it: ``python -m tests.resume.jobs FOLDER``."""
+"""Very small jobs, and a script that kills one: ``python -m tests.resume.jobs FOLDER KIND``."""
 
 import os
 import random
@@ -19,6 +19,17 @@ from tests.tiny import WORDS, tiny_text, tiny_tokenizer
 
 BLOCKS = 3
 FILES = ("model.safetensors", "config.json")
+LEARNED = {"name": "learned_rounding", "options": {"iterations": 4, "sequences": 2}}
+TURNED = {"name": "rotation", "options": {"gain": 0.0}}
+KINDS: dict[str, dict[str, Any]] = {
+    "loaded": {},
+    "streamed": {"stream": True},
+    "distilled": {"recipe": ["gptaq", LEARNED, "distill"], "scheme": "w4a8-g16"},
+    "rotated": {"recipe": [TURNED, "gptq"], "scheme": "w8a8"},
+    "rotated, streamed": {"recipe": [TURNED, "gptq"], "scheme": "w8a8", "stream": True},
+    "rotated, distilled": {"recipe": [TURNED, "gptq", "distill"], "scheme": "w4a8-g16"},
+}
+"""What the jobs are, beside the usual."""
 
 
 def make_model(folder: Path) -> None:
@@ -56,25 +67,25 @@ def result(folder: Path, output: str) -> dict[str, bytes]:
     return {name: (folder / output / name).read_bytes() for name in FILES}
 
 
-def kill_ten_times(folder: Path) -> None:
-    """Kill the job at ten random times, then let it end; prints how long each try lived.
+def kill_ten_times(folder: Path, kind: str) -> None:
+    """Kill the job of this kind at ten random times, then let it end; prints how long tries lived.
 
     A job that ends before it is killed is left, and another one begun. Each try is a fork of this
     process, which has everything imported.
     """
     chance = random.Random(0)
     start = time.perf_counter()
-    _end_or_kill(job(folder, "whole"), None)
+    _end_or_kill(job(folder, "whole", **KINDS[kind]), None)
     whole = time.perf_counter() - start
     killed, number = 0, 0
     while killed < 10:
         lived = chance.uniform(0.1, 0.7) * whole
-        if _end_or_kill(job(folder, f"killed-{number}"), lived):
+        if _end_or_kill(job(folder, f"killed-{number}", **KINDS[kind]), lived):
             number += 1
         else:
             killed += 1
             print(f"killed after {lived:.2f} of {whole:.2f} s")
-    _end_or_kill(job(folder, f"killed-{number}"), None)
+    _end_or_kill(job(folder, f"killed-{number}", **KINDS[kind]), None)
 
 
 def _end_or_kill(config: QuantizationConfig, lives: float | None) -> bool:
@@ -93,4 +104,4 @@ def _end_or_kill(config: QuantizationConfig, lives: float | None) -> bool:
 
 
 if __name__ == "__main__":
-    kill_ten_times(Path(sys.argv[1]))
+    kill_ten_times(Path(sys.argv[1]), sys.argv[2])

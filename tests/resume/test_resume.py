@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,13 +18,7 @@ from ptq.model import StreamedModel
 from ptq.report import Report
 from ptq.resume import folder as files
 from ptq.resume import work
-from tests.resume.jobs import BLOCKS, done, job, make_model, result
-
-LEARNED = {"name": "learned_rounding", "options": {"iterations": 4, "sequences": 2}}
-TURNED = {"name": "rotation", "options": {"gain": 0.0}}
-ROTATED = {"recipe": [TURNED, "gptq"], "scheme": "w8a8"}
-ROTATED_FINISHED = {"recipe": [TURNED, "gptq", "distill"], "scheme": "w4a8-g16"}
-FINISHED = {"recipe": ["gptaq", LEARNED, "distill"], "scheme": "w4a8-g16"}
+from tests.resume.jobs import BLOCKS, KINDS, TURNED, done, job, make_model, result
 
 
 class Killed(BaseException):
@@ -108,14 +103,12 @@ def notes(report: Report) -> str:
 
 
 @pytest.mark.parametrize(
-    "more",
-    [{}, {"stream": True}, FINISHED, {**ROTATED, "stream": True}, ROTATED_FINISHED],
-    ids=["loaded", "streamed", "distilled", "rotated", "rotated-distilled"],
+    "kind", ["loaded", "streamed", "distilled", "rotated, streamed", "rotated, distilled"]
 )
 def test_killed_at_many_writes_it_gives_the_same_bits(
-    more: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kill = die_at(monkeypatch)
+    kill, more = die_at(monkeypatch), KINDS[kind]
     whole = done(job(folder, "out-whole", **more))
     config, tries, report = job(folder, "out", **more), 0, None
     while report is None:
@@ -133,9 +126,10 @@ def test_killed_at_many_writes_it_gives_the_same_bits(
         assert report.sections["recipe"][key] == whole.sections["recipe"][key]
 
 
-def test_killed_by_a_signal_ten_times_it_gives_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_by_a_signal_ten_times_it_gives_the_same_bits(kind: str, tmp_path: Path) -> None:
     make_model(tmp_path)
-    command = [sys.executable, "-m", "tests.resume.jobs", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.resume.jobs", str(tmp_path), kind]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     root = Path(__file__).parents[2]
     shown = subprocess.run(
@@ -278,3 +272,20 @@ def test_progress_is_kept_no_more_often_than_its_share_of_the_time(
     monkeypatch.setattr(work, "write_state", lambda p, s: (kept.append(p.name), write(p, s)))
     done(job(folder, "out"))
     assert kept == [f"model.layers.0.state-{n:05}.json" for n in (1, BLOCKS)]
+
+
+def test_a_disk_without_room_for_the_work_is_refused_before_it_begins(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = done(job(folder, "out-whole"))
+    room = int(whole.sections["plan"]["bytes_after"] * 1.02) + 100
+    disk = SimpleNamespace(f_bavail=room, f_frsize=1, f_blocks=room)
+    monkeypatch.setattr(os, "statvfs", lambda _: disk)
+    config = job(folder, "out")
+    with pytest.raises(CheckpointError, match="out needs .* MB, its disk has"):
+        done(config)
+    assert not (folder / "out").exists()
+    # Every block once more, and hidden states of 3 x 16 tokens, 16 wide, old and new, twice.
+    states = 4 * 3 * 16 * 16 * 4
+    disk.f_bavail += whole.sections["plan"]["bytes_after"] + states
+    assert done(config)
