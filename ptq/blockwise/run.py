@@ -26,6 +26,7 @@ from ptq.core import QuantizedWeight
 from ptq.errors import CalibrationError, PTQError, UnsupportedError
 from ptq.model import block_lists, eval_mode
 from ptq.modules import (
+    InputRotation,
     input_rotation,
     quantized_modules,
     read_rotated,
@@ -154,12 +155,18 @@ class Blockwise:
         if self._keeper is None or reached is None:
             return 0
         device = stream.hidden[0].device
+        rotated = {name for names in reached.rotated for name in names}
         for position, name in enumerate(stream.names[: reached.finished]):
             schemes = {
-                key: _rotated(scheme) if f"{name}.{key}" in reached.rotated else scheme
+                key: _rotated(scheme) if f"{name}.{key}" in rotated else scheme
                 for key, scheme in self._inside(name).items()
             }
             layers = self._keeper.put_back(stream.names, position, schemes, device)
+            if self.recipe.finishes:
+                for names in reached.rotated:
+                    keys = [n.removeprefix(f"{name}.") for n in names]
+                    if keys[0] in layers:
+                        read_rotated([layers[key].linear for key in keys])
             self._settle(name, layers)
             self.restored.append(name)
             if self._keeper.store.streams:
@@ -189,11 +196,16 @@ class Blockwise:
         )
         self._keeper.store.keep_progress(stream.names, reached)
 
-    def _rotated_layers(self) -> list[str]:
-        """Names of the layers so far whose input is rotated."""
-        found = {name: layer.scheme for name, layer in quantized_modules(self.model).items()}
-        found |= {name: state.scheme for name, state in self.waiting.items()}
-        return [name for name, scheme in found.items() if scheme.input_rotation is not None]
+    def _rotated_layers(self) -> list[list[str]]:
+        """Names of the layers so far whose input is rotated; of those that wait, which share it."""
+        placed = quantized_modules(self.model).items()
+        found = [[name] for name, layer in placed if layer.scheme.input_rotation is not None]
+        shared: dict[InputRotation, list[str]] = {}
+        for name, state in self.waiting.items():
+            hook = input_rotation(state.linear)
+            if hook is not None:
+                shared.setdefault(hook, []).append(name)
+        return [*found, *shared.values()]
 
     def _pass(self, stream: BlockStream, exact: BlockStream | None, position: int) -> None:
         """Carry the hidden states through one block, and quantize its layers if it has any."""
@@ -249,8 +261,6 @@ class Blockwise:
         """Put a finished block's layers in place; where a finish is to come, they wait for it."""
         if self.recipe.finishes:
             for state in layers.values():
-                if state.scheme.input_rotation is not None and not input_rotation(state.linear):
-                    read_rotated([state.linear])
                 state.show()
             self.waiting |= {f"{name}.{key}": state for key, state in layers.items()}
         else:

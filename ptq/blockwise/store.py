@@ -16,7 +16,8 @@ class Reached:
         hidden: per batch, what enters the next block; empty where nothing more needs it.
         exact: the same of the float model, where it is followed.
         notes, remedies: all of the run so far.
-        rotated: names of the layers so far whose input is rotated.
+        rotated: names of the layers so far whose input is rotated, those together that share a
+            rotation: what a finish learns depends on it, in the last bit.
     """
 
     finished: int
@@ -24,7 +25,7 @@ class Reached:
     exact: list[Tensor]
     notes: list[str]
     remedies: list[str]
-    rotated: list[str]
+    rotated: list[list[str]]
 
 
 class Store(Protocol):

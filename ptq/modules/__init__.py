@@ -2,6 +2,7 @@
 
 from ptq.modules.buffers import buffers_of, weight_of
 from ptq.modules.input_rotation import (
+    InputRotation,
     input_rotation,
     read_rotated,
     remove_input_rotation,
@@ -13,6 +14,7 @@ from ptq.modules.sharing import quantized_layers, quantized_modules, share_input
 from ptq.modules.tying import tie, tie_shared
 
 __all__ = [
+    "InputRotation",
     "QuantEmbedding",
     "QuantLinear",
     "buffers_of",

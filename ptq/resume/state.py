@@ -37,7 +37,7 @@ class State(BaseModel):
     exact: list[Stored]
     notes: list[str]
     remedies: list[str]
-    rotated: list[str]
+    rotated: list[list[str]]
 
     @property
     def files(self) -> set[str]:

@@ -126,7 +126,24 @@ def test_killed_at_many_writes_it_gives_the_same_bits(
         assert report.sections["recipe"][key] == whole.sections["recipe"][key]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["distilled", "rotated, distilled"])
+def test_a_finish_learns_the_same_on_blocks_that_were_all_there(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_: work.Work) -> None:
+        raise Killed
+
+    done(job(folder, "out-whole", **KINDS[kind]))
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Work, "mark_saving", killed)
+        with pytest.raises(Killed):
+            done(job(folder, "out", **KINDS[kind]))
+    report = done(job(folder, "out", **KINDS[kind]))
+    assert f"{BLOCKS} of {BLOCKS} blocks" in notes(report)
+    assert result(folder, "out") == result(folder, "out-whole")
+
+
+@pytest.mark.parametrize("kind", ["loaded", "streamed", "rotated, distilled"])
 def test_killed_by_a_signal_ten_times_it_gives_the_same_bits(kind: str, tmp_path: Path) -> None:
     make_model(tmp_path)
     command = [sys.executable, "-m", "tests.resume.jobs", str(tmp_path), kind]
