@@ -107,6 +107,30 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         CheckpointError: the file is missing, cut off, or is not safetensors.
     """
+    header, start = _whole_header(path)
+    header.pop("__metadata__", None)
+    for key, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(f"tensor {key} in {path} has the unknown dtype {entry['dtype']}")
+    stored = {
+        key: Stored(DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        for key, entry in header.items()
+    }
+    return dict(sorted(stored.items(), key=lambda item: item[1].start))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says besides its tensors.
+
+    Raises:
+        CheckpointError: the file is missing, cut off, or is not safetensors.
+    """
+    metadata = _whole_header(path)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _whole_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a file whose length is right, and where its data begins."""
     try:
         with path.open("rb") as raw:
             size = os.fstat(raw.fileno()).st_size
@@ -119,17 +143,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise CheckpointError(
             f"shard {path} is not a whole safetensors file ({error}); copy it again"
         ) from None
-    header.pop("__metadata__", None)
-    for key, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"tensor {key} in {path} has the unknown dtype {entry['dtype']}")
-    stored = {
-        key: Stored(
-            DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
-        )
-        for key, entry in header.items()
-    }
-    return dict(sorted(stored.items(), key=lambda item: item[1].start))
+    return header, 8 + length
 
 
 def _check_bounds(header: dict[str, Any], size: int) -> None:
