@@ -92,4 +92,10 @@ def read_description(section: Mapping[str, Any], path: Path) -> Description:
     if twice is not None or not named:
         problem = "no layer is named" if twice is None else f"layer {twice} is named twice"
         raise CheckpointError(f"{where}.groups: {problem}; the file is damaged, copy it again")
+    for alias, stored in description.aliases.items():
+        if stored in description.aliases:
+            raise CheckpointError(
+                f"{where}.aliases: {alias} is said to be {stored}, which is not stored; "
+                "the file is damaged, copy it again"
+            )
     return description

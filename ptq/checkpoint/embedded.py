@@ -74,7 +74,7 @@ def embedded_manifest(root: Path) -> Manifest | None:
     if not shards:
         return None
     source = inside(root, shards[0])
-    text = _text(source)
+    text = read_metadata(source).get(_KEY)
     if text is None:
         return None
     manifest = parsed_manifest(json_object(text, source), source)
@@ -100,13 +100,6 @@ def _shards(root: Path) -> list[str]:
     weight_map = read_json(inside(root, INDEX)).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     return sorted(set(names)) if all(is_plain(name) for name in names) else []
-
-
-def _text(shard: Path) -> str | None:
-    try:
-        return read_metadata(shard).get(_KEY)
-    except CheckpointError:  # what reads the tensors will say so
-        return None
 
 
 def _files(root: Path) -> dict[str, FileEntry]:

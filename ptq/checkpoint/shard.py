@@ -33,6 +33,7 @@ DTYPES = {
 
 Elsewhere = Mapping[str, Callable[[], Tensor]]
 
+_DAMAGE = (struct.error, ValueError, KeyError, TypeError, AttributeError)
 _ALIGNMENT = 64  # of the data in the file: a cache line, as torch's own memory
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -120,29 +121,39 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What the header of a safetensors file says besides its tensors.
+    """What the header of a file says besides its tensors; nothing if it is not safetensors.
 
     Raises:
-        CheckpointError: the file is missing, cut off, or is not safetensors.
+        CheckpointError: the file cannot be read.
     """
-    metadata = _whole_header(path)[0].get("__metadata__")
+    try:
+        header, _ = _parsed_header(path)
+    except _DAMAGE:
+        return {}
+    except OSError as error:
+        raise CheckpointError(f"shard {path} cannot be read: {error}") from None
+    metadata = header.get("__metadata__")
     return metadata if isinstance(metadata, dict) else {}
 
 
 def _whole_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a file whose length is right, and where its data begins."""
     try:
-        with path.open("rb") as raw:
-            size = os.fstat(raw.fileno()).st_size
-            (length,) = struct.unpack("<Q", raw.read(8))
-            header = json.loads(raw.read(min(length, size)))
-        _check_bounds(header, size - 8 - length)
+        return _parsed_header(path)
     except FileNotFoundError:
         raise CheckpointError(f"shard {path} is missing; copy the whole checkpoint again") from None
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (*_DAMAGE, OSError) as error:
         raise CheckpointError(
             f"shard {path} is not a whole safetensors file ({error}); copy it again"
         ) from None
+
+
+def _parsed_header(path: Path) -> tuple[dict[str, Any], int]:
+    with path.open("rb") as raw:
+        size = os.fstat(raw.fileno()).st_size
+        (length,) = struct.unpack("<Q", raw.read(8))
+        header = json.loads(raw.read(min(length, size)))
+    _check_bounds(header, size - 8 - length)
     return header, 8 + length
 
 

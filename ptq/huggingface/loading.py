@@ -13,6 +13,7 @@ from ptq.checkpoint.description import Description, read_description
 from ptq.checkpoint.manifest import CONFIG
 from ptq.errors import CheckpointError
 from ptq.huggingface.contents import Contents, read_contents
+from ptq.huggingface.naming import as_saved, name_in
 from ptq.model import replace_module
 from ptq.modules import QuantEmbedding, QuantLinear, share_inputs, tie_shared
 
@@ -49,15 +50,16 @@ def prepare(model: PreTrainedModel, section: Mapping[str, Any], files: Sequence[
     contents = read_contents(files)
     path = contents.root / CONFIG
     description = read_description(section, path)
-    layers = _empty_layers(model, description, path)
+    saved = as_saved(model)
+    layers = _empty_layers(model, saved, description, path)
     for name, layer in layers.items():
         replace_module(model, name, layer)
     share_inputs(model)
     exact = frozenset(
         f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_buffers()
     )
-    shared = _tie(model, layers, description.aliases)
-    _check(model, contents, exact)
+    shared = _tie(model, layers, description.aliases, path)
+    _check(model, saved, contents, exact)
     return Prepared(layers, exact, shared)
 
 
@@ -75,15 +77,12 @@ def finish(model: PreTrainedModel, prepared: Prepared) -> None:
 
 
 def _empty_layers(
-    model: PreTrainedModel, description: Description, path: Path
+    model: PreTrainedModel, saved: PreTrainedModel, description: Description, path: Path
 ) -> dict[str, Quantized]:
-    """An empty module for each quantized one that this class of model has.
-
-    A class other than the one that was saved may lack the head; it may not lack anything else.
-    """
+    """An empty module for each quantized one, but for those that only the saved class has."""
     layers: dict[str, Quantized] = {}
     for saved_name, scheme in description.schemes.items():
-        name = _name_in(model, saved_name)
+        name = name_in(model, saved_name)
         module = None if name is None else model.get_submodule(name)
         if name is not None and type(module) is nn.Linear:
             bias = None if module.bias is None else module.bias.dtype
@@ -93,7 +92,7 @@ def _empty_layers(
             size = (module.num_embeddings, module.embedding_dim)
             layers[name] = QuantEmbedding.on_meta(*size, scheme, module.weight.dtype)
             layers[name].padding_idx = module.padding_idx
-        elif module is not None or not is_other_head(model, saved_name, list(model.state_dict())):
+        elif module is not None or name_in(saved, saved_name) is None:
             found = "none" if module is None else f"a {type(module).__name__} there"
             raise CheckpointError(
                 f"{path}: quantization_config.groups names the layer {saved_name}, but "
@@ -103,37 +102,8 @@ def _empty_layers(
     return layers
 
 
-def _name_in(model: PreTrainedModel, name: str) -> str | None:
-    """The module of this name: a head adds the base model's prefix, the base model has none."""
-    prefix = f"{model.base_model_prefix}."
-    for known in (name, name.removeprefix(prefix), f"{prefix}{name}"):
-        if _has(model, known):
-            return known
-    return None
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
-
-
-def is_other_head(model: PreTrainedModel, name: str, known: Sequence[str]) -> bool:
-    """Whether a name is in a part that none of the known ones is in, and may be without them:
-    transformers loads a checkpoint of one class into another with another head."""
-    if type(model).__name__ in (model.config.architectures or ()):
-        return False
-    return _part(model, name) not in {_part(model, other) for other in known}
-
-
-def _part(model: PreTrainedModel, name: str) -> str:
-    return name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
-
-
 def _tie(
-    model: PreTrainedModel, layers: Mapping[str, Quantized], aliases: Mapping[str, str]
+    model: PreTrainedModel, layers: Mapping[str, Quantized], aliases: Mapping[str, str], path: Path
 ) -> dict[str, str]:
     """Have transformers tie what the checkpoint has once; it ties parameters only, and may not
     look at the float weight of a quantized layer, so what those share is taken out until later."""
@@ -143,6 +113,7 @@ def _tie(
         target, source = (_tensor_name(model, name) for name in (alias, stored))
         if target is None or source is None:
             continue  # of a head that this model does not have
+        _check_alike(path, (alias, _tensor(model, target)), (stored, _tensor(model, source)))
         owner, _, leaf = target.rpartition(".")
         if owner in layers:
             tensors: Any = layers[owner]._buffers
@@ -157,9 +128,18 @@ def _tie(
     return shared
 
 
+def _check_alike(path: Path, alias: tuple[str, Tensor], stored: tuple[str, Tensor]) -> None:
+    kinds = [(tensor.dtype, tensor.shape) for _, tensor in (alias, stored)]
+    if kinds[0] != kinds[1]:
+        raise CheckpointError(
+            f"{path}: quantization_config.aliases says that {alias[0]} is {stored[0]}, but they "
+            "differ in shape or dtype; the file is damaged, copy it again"
+        )
+
+
 def _tensor_name(model: PreTrainedModel, name: str) -> str | None:
     owner, _, leaf = name.rpartition(".")
-    module = _name_in(model, owner)
+    module = name_in(model, owner)
     if module is None or _tensor_or_none(model.get_submodule(module), leaf) is None:
         return None
     return f"{module}.{leaf}"
@@ -177,19 +157,21 @@ def _tensor_or_none(module: nn.Module, leaf: str) -> Tensor | None:
     return module._buffers.get(leaf) if found is None else found
 
 
-def _check(model: PreTrainedModel, contents: Contents, exact: frozenset[str]) -> None:
-    """Every tensor of the model is in the files, but for new heads and what is tied."""
+def _check(
+    model: PreTrainedModel, saved: PreTrainedModel, contents: Contents, exact: frozenset[str]
+) -> None:
+    """Every tensor of the model is in the files, but for what is tied, or new in this class."""
     wanted = model.state_dict()
     places = contents.places(model, wanted)
     ignored = model._keys_to_ignore_on_load_missing or ()
-    tied = {**model.all_tied_weights_keys}
+    tied = model.all_tied_weights_keys
     for name, tensor in wanted.items():
         if name in places:
             contents.check(name, tensor, places[name], name in exact)
         elif (
             tied.get(name) not in places
             and not any(re.search(pattern, name) for pattern in ignored)
-            and not is_other_head(model, name, list(places))
+            and name_in(saved, name.rpartition(".")[0]) is not None
         ):
             raise CheckpointError(
                 f"{contents}: tensor {name}, which {type(model).__name__} needs, is missing; copy "
