@@ -13,13 +13,16 @@ The story, in the order in which it is told::
     ptq.evaluate(model, "text.txt", tokenizer=tokenizer)  # perplexity
     ptq.save(model, "out", tokenizer=tokenizer)  # safetensors and a manifest with hashes
     model = ptq.load("out")                   # every tensor checked
+    model = transformers.AutoModelForCausalLM.from_pretrained("out")  # once ptq is imported
 
-``ptq.run(ptq.load_config("recipe.yaml"))`` does all of it. Importing ``ptq`` loads nothing but
-``torch``; the rest is loaded at first use.
+``ptq.run(ptq.load_config("recipe.yaml"))`` does all of it. Importing ``ptq`` loads
+neither torch nor transformers; they are loaded at first use.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from ptq.huggingface.register import register_when_loaded
 
 if TYPE_CHECKING:
     from ptq.checkpoint import load, save
@@ -105,3 +108,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_when_loaded()

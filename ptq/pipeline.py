@@ -174,6 +174,7 @@ def _quantize(
         streams = store is not None and store.streams
         streamed.fill_rest(partial(store.put_out, model) if store and streams else None)
     quantize_embeddings(model, made.embeddings, made.sharing)
+    checkpoint.declare_quantized(model)
     seconds = time.perf_counter() - start
     return QuantizationResult(
         model,

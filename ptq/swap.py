@@ -12,7 +12,7 @@ from ptq.calibrate import LayerStatistics
 from ptq.config import Scheme, WeightScheme
 from ptq.core import QuantizedWeight
 from ptq.errors import CalibrationError, PTQError, UnsupportedError
-from ptq.model import read_layers, replace_module
+from ptq.model import forget_quantization, read_layers, replace_module
 from ptq.modules import QuantEmbedding, QuantLinear, quantized_modules, share_inputs, tie
 
 M = TypeVar("M", bound=nn.Module)
@@ -167,6 +167,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             weight = tables.get(owner) if isinstance(owner, QuantEmbedding) else None
             new = _float_linear(layer, weight, wanted)
         replace_module(model, name, new.train(layer.training))
+    forget_quantization(model)
     return model
 
 

@@ -20,7 +20,7 @@ RANKS = {
     "recipe": 8,
     "blockwise": 9,
     "checkpoint": 10, "evaluation": 10, "compilation": 10,
-    "report": 11, "resume": 11,
+    "report": 11, "resume": 11, "huggingface": 11,
     "tuning_cache": 12,
     "pipeline": 13, "tuning": 13,
     "command": 14,

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ptq.checkpoint.compare import assert_same, assert_same_outputs
+from ptq.checkpoint.declare import declare_quantized
+from ptq.checkpoint.embedded import embed
 from ptq.checkpoint.manifest import Manifest
 from ptq.checkpoint.manifest_read import read_manifest
 from ptq.checkpoint.native_read import load
@@ -36,6 +38,8 @@ __all__ = [
     "assert_same",
     "assert_same_outputs",
     "check_target",
+    "declare_quantized",
+    "embed",
     "load",
     "read_manifest",
     "save",

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from ptq.config import Scheme
 
 MANIFEST = "ptq_manifest.json"
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"

@@ -1,19 +1,10 @@
 """Reading a manifest, and refusing what is not one."""
 
-import json
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
-from ptq.checkpoint.manifest import (
-    CONFIG,
-    FORMAT_VERSION,
-    INDEX,
-    MANIFEST,
-    Manifest,
-    canonical_sha256,
-)
+from ptq.checkpoint.embedded import embedded_manifest
+from ptq.checkpoint.manifest import CONFIG, INDEX, MANIFEST, Manifest
+from ptq.checkpoint.manifest_parse import parsed_manifest, read_json
 from ptq.checkpoint.paths import inside
 from ptq.errors import CheckpointError
 
@@ -21,48 +12,20 @@ from ptq.errors import CheckpointError
 def read_manifest(directory: str | Path) -> Manifest:
     """The manifest of a checkpoint; its hash, its version and its file names are checked.
 
+    One that transformers' ``save_pretrained`` wrote has it in the headers of its weight files.
+
     Raises:
         CheckpointError: the directory holds no ptq checkpoint or one of a newer format, or the
             manifest is damaged, edited, or names a file outside of the directory.
     """
     root = Path(directory)
-    if not (root / MANIFEST).is_file():
-        raise CheckpointError(_what_it_is(root))
-    data = _read_json(inside(root, MANIFEST))
-    version = data.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{root} has checkpoint format {version}, this ptq reads up to {FORMAT_VERSION}; "
-            "upgrade: pip install -U ptq-toolkit"
-        )
-    if data.get("manifest_sha256") != canonical_sha256(data):
-        raise CheckpointError(
-            f"{root / MANIFEST} is edited or damaged: its content does not have the hash that it "
-            "gives; copy it again from where it was written, or quantize again"
-        )
-    try:
-        manifest = Manifest.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(
-            f"{root / MANIFEST}: {where}: {first['msg']}; if a newer ptq wrote the checkpoint, "
-            "upgrade: pip install -U ptq-toolkit"
-        ) from None
+    manifest = embedded_manifest(root)
+    if manifest is None:
+        if not (root / MANIFEST).is_file():
+            raise CheckpointError(_what_it_is(root))
+        manifest = parsed_manifest(read_json(inside(root, MANIFEST)), root / MANIFEST)
     _check_names(root, manifest)
     return manifest
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged, it is not JSON: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is damaged, it holds {type(data).__name__}, not an object")
-    return data
 
 
 def _check_names(root: Path, manifest: Manifest) -> None:
@@ -86,7 +49,7 @@ def check_index(root: Path, manifest: Manifest) -> None:
     """
     if INDEX not in manifest.files:
         return
-    weight_map = _read_json(inside(root, INDEX)).get("weight_map")
+    weight_map = read_json(inside(root, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{root / INDEX} is damaged: it has no weight_map")
     for shard in weight_map.values():
@@ -110,7 +73,7 @@ def _what_it_is(root: Path) -> str:
     message = f"{root} is not a ptq checkpoint: it has no {MANIFEST}"
     if not (root / CONFIG).is_file():
         return message
-    method = _read_json(root / CONFIG).get("quantization_config")
+    method = read_json(root / CONFIG).get("quantization_config")
     name = method.get("quant_method") if isinstance(method, dict) else None
     if name == "ptq":
         return f"{message}, though {CONFIG} names ptq; copy the whole checkpoint again"

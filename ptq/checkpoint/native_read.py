@@ -10,6 +10,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from ptq.checkpoint.atomic import recover
 from ptq.checkpoint.contents import check_file, check_tensor, checked_header
+from ptq.checkpoint.declare import declare_quantized
 from ptq.checkpoint.manifest import CONFIG, GENERATION_CONFIG, INDEX, Manifest
 from ptq.checkpoint.manifest_read import check_index, read_manifest
 from ptq.checkpoint.paths import inside
@@ -30,7 +31,7 @@ def load(
     """The quantized model of a checkpoint, in eval mode, bit for bit as it was saved.
 
     The model is built without weights; each tensor is read once, into memory of its own. Its
-    ``config`` has no ``quantization_config``: only the file on disk says how it was quantized.
+    ``save_pretrained`` writes a checkpoint as well.
 
     Args:
         model: for what is not a transformers model: the float model, as built by your code, on
@@ -64,6 +65,7 @@ def load(
     fill_computed_buffers(model, device)
     if isinstance(model, PreTrainedModel) and GENERATION_CONFIG in manifest.files:
         model.generation_config = _generation_config(root)
+    declare_quantized(model)
     return model.to(device).eval()
 
 

@@ -1,20 +1,19 @@
 """Writing the native checkpoint."""
 
 import json
-import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ptq.checkpoint.account import layer_entries, versions
 from ptq.checkpoint.atomic import replacing
+from ptq.checkpoint.description import describe
 from ptq.checkpoint.manifest import (
     FORMAT_VERSION,
     INDEX,
-    LayerEntry,
+    WEIGHTS,
     Manifest,
     TensorEntry,
     class_name,
@@ -27,7 +26,6 @@ from ptq.checkpoint.target import check_target
 from ptq.checkpoint.tensors import distinct_tensors
 from ptq.config import QuantizationConfig
 from ptq.errors import CheckpointError
-from ptq.modules import QuantEmbedding, QuantLinear, quantized_modules
 
 
 def save(
@@ -59,7 +57,7 @@ def save(
         CheckpointError: nothing in the model is quantized, a tensor cannot be stored, the
             directory cannot be used, or the disk is full.
     """
-    layers = _layers(model)
+    layers = layer_entries(model)
     elsewhere = elsewhere or {}
     tensors, aliases = distinct_tensors(model, elsewhere.keys())
     if shard_bytes < 1:
@@ -70,12 +68,13 @@ def save(
         if not target.parent.is_dir():
             target.parent.mkdir(parents=True)
         with replacing(target, overwrite) as tmp:
-            write_side_files(model, tmp, tokenizer, extra_files or {})
+            section = describe({name: entry.scheme for name, entry in layers.items()}, aliases)
+            write_side_files(model, tmp, section, tokenizer, extra_files or {})
             entries = _write_tensors(tensors, tmp, shard_bytes, total, elsewhere)
             manifest = seal(
                 Manifest(
                     format_version=FORMAT_VERSION,
-                    versions=_versions(),
+                    versions=versions(),
                     model_class=class_name(type(model)),
                     config=None if config is None else config.model_dump(mode="json"),
                     layers=layers,
@@ -94,35 +93,6 @@ def save(
     return manifest
 
 
-def _layers(model: nn.Module) -> dict[str, LayerEntry]:
-    layers = {name: _layer(module) for name, module in quantized_modules(model).items()}
-    if not layers:
-        raise CheckpointError(
-            f"nothing in this {type(model).__name__} is quantized; "
-            "quantize it first, or save the float model with its own save_pretrained"
-        )
-    if "" in layers:
-        raise CheckpointError("the model is a single QuantLinear; wrap it: nn.Sequential(layer)")
-    return layers
-
-
-def _layer(module: QuantLinear | QuantEmbedding) -> LayerEntry:
-    if isinstance(module, QuantEmbedding):
-        return LayerEntry(
-            scheme=module.scheme,
-            in_features=module.embedding_dim,
-            out_features=module.num_embeddings,
-            bias=None,
-            kind="embedding",
-        )
-    return LayerEntry(
-        scheme=module.scheme,
-        in_features=module.in_features,
-        out_features=module.out_features,
-        bias=None if module.bias is None else dtype_name(module.bias.dtype),
-    )
-
-
 def _write_tensors(
     tensors: Mapping[str, Tensor],
     directory: Path,
@@ -133,7 +103,7 @@ def _write_tensors(
     shards = _divide({key: tensor.nbytes for key, tensor in tensors.items()}, shard_bytes)
     entries = {}
     for number, keys in enumerate(shards, 1):
-        name = "model.safetensors"
+        name = WEIGHTS
         if len(shards) > 1:
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         chosen = {key: tensors[key] for key in keys}
@@ -163,17 +133,3 @@ def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         shards[-1].append(key)
         filled += size
     return shards
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = metadata.version("ptq-toolkit")
-    except metadata.PackageNotFoundError:
-        own = "not installed"
-    return {
-        "ptq": own,
-        "torch": str(torch.__version__),
-        "transformers": metadata.version("transformers"),
-        "safetensors": metadata.version("safetensors"),
-        "python": platform.python_version(),
-    }

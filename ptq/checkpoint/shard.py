@@ -33,6 +33,7 @@ DTYPES = {
 
 Elsewhere = Mapping[str, Callable[[], Tensor]]
 
+_DAMAGE = (struct.error, ValueError, KeyError, TypeError, AttributeError)
 _ALIGNMENT = 64  # of the data in the file: a cache line, as torch's own memory
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -107,29 +108,53 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         CheckpointError: the file is missing, cut off, or is not safetensors.
     """
-    try:
-        with path.open("rb") as raw:
-            size = os.fstat(raw.fileno()).st_size
-            (length,) = struct.unpack("<Q", raw.read(8))
-            header = json.loads(raw.read(min(length, size)))
-        _check_bounds(header, size - 8 - length)
-    except FileNotFoundError:
-        raise CheckpointError(f"shard {path} is missing; copy the whole checkpoint again") from None
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(
-            f"shard {path} is not a whole safetensors file ({error}); copy it again"
-        ) from None
+    header, start = _whole_header(path)
     header.pop("__metadata__", None)
     for key, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"tensor {key} in {path} has the unknown dtype {entry['dtype']}")
     stored = {
-        key: Stored(
-            DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
-        )
+        key: Stored(DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
         for key, entry in header.items()
     }
     return dict(sorted(stored.items(), key=lambda item: item[1].start))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a file says besides its tensors; nothing if it is not safetensors.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        header, _ = _parsed_header(path)
+    except _DAMAGE:
+        return {}
+    except OSError as error:
+        raise CheckpointError(f"shard {path} cannot be read: {error}") from None
+    metadata = header.get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _whole_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a file whose length is right, and where its data begins."""
+    try:
+        return _parsed_header(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"shard {path} is missing; copy the whole checkpoint again") from None
+    except (*_DAMAGE, OSError) as error:
+        raise CheckpointError(
+            f"shard {path} is not a whole safetensors file ({error}); copy it again"
+        ) from None
+
+
+def _parsed_header(path: Path) -> tuple[dict[str, Any], int]:
+    with path.open("rb") as raw:
+        size = os.fstat(raw.fileno()).st_size
+        (length,) = struct.unpack("<Q", raw.read(8))
+        header = json.loads(raw.read(min(length, size)))
+    _check_bounds(header, size - 8 - length)
+    return header, 8 + length
 
 
 def _check_bounds(header: dict[str, Any], size: int) -> None:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from ptq.checkpoint.hashing import file_entry
 from ptq.checkpoint.manifest import (
     CONFIG,
-    FORMAT_VERSION,
     GENERATION_CONFIG,
     INDEX,
     MANIFEST,
@@ -23,16 +22,23 @@ from ptq.errors import CheckpointError
 
 
 def write_side_files(
-    model: nn.Module, directory: Path, tokenizer: Any, extra_files: Mapping[str, str]
+    model: nn.Module,
+    directory: Path,
+    section: Mapping[str, Any],
+    tokenizer: Any,
+    extra_files: Mapping[str, str],
 ) -> None:
     """Write config.json and generation_config.json of a transformers model, and the rest.
+
+    Args:
+        section: ``quantization_config`` of config.json.
 
     Raises:
         CheckpointError: an extra file has a name that cannot be used.
         OSError: a file exists or cannot be written.
     """
     if isinstance(model, PreTrainedModel):
-        (directory / CONFIG).write_text(_config_json(model), encoding="utf-8")
+        (directory / CONFIG).write_text(_config_json(model, section), encoding="utf-8")
         generation = getattr(model, "generation_config", None)
         if generation is not None:  # its save_pretrained refuses configs that the hub is full of
             text = generation.to_json_string(use_diff=True, keys_to_pop=["compile_config"])
@@ -46,10 +52,10 @@ def write_side_files(
             file.write(text)
 
 
-def _config_json(model: PreTrainedModel) -> str:
+def _config_json(model: PreTrainedModel, section: Mapping[str, Any]) -> str:
     data = json.loads(model.config.to_json_string(use_diff=True))
     data["architectures"] = [type(model).__name__]
-    data["quantization_config"] = {"quant_method": "ptq", "format_version": FORMAT_VERSION}
+    data["quantization_config"] = section
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     if dtypes:
         data["dtype"] = dtype_name(dtypes[0])

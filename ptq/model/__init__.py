@@ -1,6 +1,7 @@
 """Finding, loading and reading models; nothing here quantizes."""
 
 from ptq.model.blocks import block_lists
+from ptq.model.forget import forget_quantization
 from ptq.model.layers import (
     LayerInfo,
     cast_parameters,
@@ -11,6 +12,7 @@ from ptq.model.layers import (
 )
 from ptq.model.limits import check_tokens, max_positions, require_causal, require_token_ids
 from ptq.model.load import load_float
+from ptq.model.renaming import names_in_model
 from ptq.model.skeleton import fill_computed_buffers, skeleton
 from ptq.model.source import ModelSource, load_model, load_model_config, resolve_device
 from ptq.model.streaming import StreamedModel, stream_model
@@ -26,11 +28,13 @@ __all__ = [
     "check_tokens",
     "eval_mode",
     "fill_computed_buffers",
+    "forget_quantization",
     "load_float",
     "load_model",
     "load_model_config",
     "load_tokenizer",
     "max_positions",
+    "names_in_model",
     "read_layers",
     "replace_module",
     "require_causal",

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ptq.config import ModelConfig, torch_dtype
 from ptq.errors import ModelError, UnsupportedError
+from ptq.model.forget import forget_quantization
 from ptq.model.skeleton import model_class
 
 _GGUF_ERRORS = (ValueError, IndexError, KeyError, OSError, struct.error, MemoryError)
@@ -188,23 +189,11 @@ def load_model(
             f"among them {extra[0]}; is config.json the right one?"
         )
     if source.gguf_file is not None:
-        _forget_gguf(model)
+        forget_quantization(model)  # dequantized from GGUF, it says that it is quantized
     assert isinstance(model, PreTrainedModel)
     nn.Module.to(model, device)
     model.eval()  # type: ignore[no-untyped-call]
     return model
-
-
-def _forget_gguf(model: Any) -> None:
-    """A model dequantized from GGUF says that it is quantized; it is float."""
-    for owner, name in (
-        (model, "hf_quantizer"),
-        (model, "is_quantized"),
-        (model, "quantization_method"),
-        (model.config, "quantization_config"),
-    ):
-        if hasattr(owner, name):
-            delattr(owner, name)
 
 
 def resolve_device(name: str) -> torch.device:

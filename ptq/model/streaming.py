@@ -12,18 +12,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, dot_natural_key
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ptq.errors import ModelError, UnsupportedError
 from ptq.model.blocks import block_lists
 from ptq.model.layers import check_values
+from ptq.model.renaming import names_in_model
 from ptq.model.shards import stored_dtype, tensor_files
 from ptq.model.skeleton import fill_computed_buffers, skeleton
 from ptq.model.source import ModelSource, load_model_config, resolve_device
@@ -157,7 +152,7 @@ def _by_block(
     made: set[str] = set()
     divided: dict[str, dict[str, Path]] = {block: {} for block in (*blocks, _OUTSIDE)}
     for key in sorted(files, key=dot_natural_key):
-        names = _names_in_model(model, key, mapping, expected)
+        names = names_in_model(model, key, mapping, expected)
         made.update(names)
         divided[_owner(names[0], blocks)][key] = files[key]
     missing = [n for n in expected if n not in made and _owner(n, blocks) != _OUTSIDE]
@@ -167,25 +162,6 @@ def _by_block(
             f"among them {missing[0]}"
         )
     return divided
-
-
-def _names_in_model(
-    model: PreTrainedModel, key: str, mapping: list[Any], expected: dict[str, Tensor]
-) -> list[str]:
-    """What a key of the files helps to make: one tensor, or several where it is split.
-
-    The rules are those of transformers' ``convert_and_load_state_dict_in_model``.
-    """
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix = model.base_model_prefix
-    name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
-    if name not in expected and key in expected:
-        name, pattern = rename_source_key(key, [], [], prefix, expected)
-    if pattern is None:
-        return [name]
-    targets = next(c for c in converters if pattern in c.source_patterns).target_patterns
-    return [name.replace(targets[0], target) for target in targets]
 
 
 def _read(model: PreTrainedModel, files: Mapping[str, Path], load: LoadStateDictConfig) -> Any:

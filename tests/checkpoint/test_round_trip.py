@@ -169,7 +169,7 @@ def test_generation(tmp_path: Path) -> None:
     save(model, tmp_path / "out")
     loaded = load(tmp_path / "out")
     assert loaded.generation_config.to_diff_dict() == model.generation_config.to_diff_dict()
-    assert not hasattr(loaded.config, "quantization_config")
+    assert loaded.config.quantization_config.to_dict()["quant_method"] == "ptq"
     ids = tiny_tokens()
     arguments = {"attention_mask": torch.ones_like(ids), "temperature": None}
     assert torch.equal(loaded.generate(ids, **arguments), model.generate(ids, **arguments))
@@ -180,7 +180,14 @@ def test_config_json(tmp_path: Path) -> None:
     model.config.dtype = torch.float32  # out of date: the tensors say otherwise
     save(model, tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["quantization_config"] == {"quant_method": "ptq", "format_version": 1}
+    (group,) = config["quantization_config"].pop("groups")
+    assert Scheme.model_validate(group["scheme"]) == as_config("w8a16").scheme
+    assert len(group["layers"]) == 14 and "model.layers.1.mlp.down_proj" in group["layers"]
+    assert config["quantization_config"] == {
+        "quant_method": "ptq",
+        "format_version": 1,
+        "aliases": {},
+    }
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["dtype"] == "bfloat16"
 

@@ -1,0 +1,15 @@
+"""A float model that says that it is quantized."""
+
+from typing import Any
+
+
+def forget_quantization(model: Any) -> None:
+    """Remove what transformers looks at to see that a model is quantized."""
+    for owner, name in (
+        (model, "hf_quantizer"),
+        (model, "is_quantized"),
+        (model, "quantization_method"),
+        (getattr(model, "config", None), "quantization_config"),
+    ):
+        if hasattr(owner, name):
+            delattr(owner, name)
