@@ -1,11 +1,11 @@
 """Reading a manifest, and refusing what is not one."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
+from ptq.checkpoint.foreign import REMEDIES, method_of, quantization_of
+from ptq.checkpoint.json_file import read_json
 from ptq.checkpoint.manifest import (
     CONFIG,
     FORMAT_VERSION,
@@ -28,7 +28,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     root = Path(directory)
     if not (root / MANIFEST).is_file():
         raise CheckpointError(_what_it_is(root))
-    data = _read_json(inside(root, MANIFEST))
+    data = read_json(inside(root, MANIFEST))
     version = data.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
@@ -53,18 +53,6 @@ def read_manifest(directory: str | Path) -> Manifest:
     return manifest
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged, it is not JSON: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is damaged, it holds {type(data).__name__}, not an object")
-    return data
-
-
 def _check_names(root: Path, manifest: Manifest) -> None:
     for shard in manifest.shards:
         inside(root, shard)
@@ -86,7 +74,7 @@ def check_index(root: Path, manifest: Manifest) -> None:
     """
     if INDEX not in manifest.files:
         return
-    weight_map = _read_json(inside(root, INDEX)).get("weight_map")
+    weight_map = read_json(inside(root, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{root / INDEX} is damaged: it has no weight_map")
     for shard in weight_map.values():
@@ -110,10 +98,13 @@ def _what_it_is(root: Path) -> str:
     message = f"{root} is not a ptq checkpoint: it has no {MANIFEST}"
     if not (root / CONFIG).is_file():
         return message
-    method = _read_json(root / CONFIG).get("quantization_config")
-    name = method.get("quant_method") if isinstance(method, dict) else None
+    name = method_of(quantization_of(root))
     if name == "ptq":
         return f"{message}, though {CONFIG} names ptq; copy the whole checkpoint again"
     if name is not None:
-        return f"{message}; {CONFIG} says that it is in the {name!r} format, which ptq cannot load"
+        remedy = REMEDIES.get(name, "quantize the float model that it was made from: ptq.quantize")
+        return (
+            f"{message}; {CONFIG} says that it is in the {name!r} format, which ptq cannot load: "
+            f"{remedy}"
+        )
     return f"{message}; it looks like a float model, quantize it first: ptq.quantize(...)"
