@@ -6,9 +6,10 @@ made     llm-compressor quantizes and writes, ptq reads and runs
 back     what was made is converted to ptq and to compressed-tensors again
 
 weights is the largest difference from ptq's own dequantized weights, in ulps of the scale's dtype.
-kernels and float are the largest differences of ptq's logits from the peer's, in float32, relative
-to the largest logit: by ptq's kernels (which round float inputs to bfloat16), and, where inputs
-stay float, by its dequantized layers. The peer takes max|x| / 127.5 for a dynamic scale, ptq / 127.
+kernels and reference are the largest differences of ptq's logits from the peer's, in float32,
+relative to the largest logit: by ptq's kernels, and by float layers with the weights that ptq read,
+whose inputs are rounded to int8 as the peer does it (a dynamic scale is max|x| / 127.5 there, / 127
+in ptq).
 """
 
 import argparse
@@ -32,7 +33,8 @@ import ptq
 from ptq.checkpoint import convert
 from ptq.command import run_command
 from ptq.errors import ConfigError
-from ptq.modules import quantized_layers
+from ptq.model import replace_module
+from ptq.modules import QuantLinear, quantized_layers
 from ptq.report import Console
 
 _SCRIPT = Path(__file__).with_name("peer_checkpoint.py")
@@ -64,7 +66,7 @@ class Row:
     dtype: str
     weights_ulp: float
     kernels: float
-    dequantized: float | None
+    reference: float
     loaded: str
 
 
@@ -75,6 +77,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--scales", default="model", choices=("model", "keep"))
+    parser.add_argument(
+        "--ways", nargs="+", default=["written", "made"], choices=("written", "made")
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the checkpoints here")
     return parser.parse_args(arguments)
 
@@ -94,7 +99,7 @@ def interpreter(text: str) -> Path:
 def ulps(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> float:
     """The largest difference, in units of the last place of ``wanted`` in ``dtype``."""
     _, exponent = torch.frexp(wanted.double())
-    unit = torch.ldexp(torch.tensor(torch.finfo(dtype).eps).double(), exponent - 1)
+    unit = torch.finfo(dtype).eps * torch.exp2((exponent - 1).double())
     unit = torch.where(wanted == 0, torch.finfo(dtype).smallest_normal, unit)
     return float(((found.double() - wanted.double()).abs() / unit).max())
 
@@ -113,6 +118,25 @@ def weights_ulp(model: nn.Module, weights: dict[str, Tensor]) -> float:
         wanted = layer.float_weight(layer.scale.dtype)
         worst = max(worst, ulps(weights[f"{name}.weight"], wanted, layer.scale.dtype))
     return worst
+
+
+class Reference(nn.Module):
+    """A quantized layer in float32, its input rounded to codes as the peer's emulation does it."""
+
+    def __init__(self, layer: QuantLinear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.weight = layer.float_weight(torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activations = self.layer.scheme.activations
+        if activations is not None:
+            assert activations.symmetric
+            scale = self.layer.input_scale
+            if scale is None:
+                scale = x.abs().amax(-1, keepdim=True) / 127.5
+            x = (x / scale).round().clamp(-128, 127) * scale
+        return nn.functional.linear(x, self.weight, self.layer.bias)
 
 
 def float_model(directory: Path, dtype: torch.dtype) -> None:
@@ -166,11 +190,10 @@ class Comparison:
         model = ptq.load(directory)
         weights = weights_ulp(model, tensors)
         kernels = self.apart(model.to(torch.float32), logits)
-        dequantized = None
-        if all(layer.scheme.activations is None for layer in quantized_layers(model).values()):
-            dequantized = self.apart(ptq.dequantize(model), logits)
+        for name, layer in quantized_layers(model).items():
+            replace_module(model, name, Reference(layer))
         dtype = str(self.dtype).removeprefix("torch.")
-        return Row(way, scheme, dtype, weights, kernels, dequantized, loaded)
+        return Row(way, scheme, dtype, weights, kernels, self.apart(model, logits), loaded)
 
     def apart(self, model: nn.Module, logits: Tensor) -> float:
         """How far the model's logits are from these, relative to the largest."""
@@ -179,10 +202,8 @@ class Comparison:
         return float((own - logits).abs().max() / logits.abs().max())
 
 
-def compare(work: Comparison, scales: str) -> Iterator[Row]:
-    """All rows, one after the other."""
-    (work.root / "tokens.json").write_text(json.dumps(work.rows), encoding="utf-8")
-    float_model(work.root / "float", work.dtype)
+def written(work: Comparison, scales: str) -> Iterator[Row]:
+    """What ptq writes, read by the peer."""
     for scheme, engine in WRITTEN.items():
         model, _ = ptq.load_float(work.root / "float")
         ptq.quantize(model, scheme, calibration=[torch.tensor(work.rows)])
@@ -190,19 +211,23 @@ def compare(work: Comparison, scales: str) -> Iterator[Row]:
         ptq.save(model, source)
         convert(source, target, "compressed-tensors", engine=engine, scales=scales)
         yield work.row("written", scheme, target, work.peer("read", target))
+
+
+def made(work: Comparison, scales: str) -> Iterator[Row]:
+    """What the peer makes, read by ptq, and converted there and back."""
     for number, scheme in enumerate(MADE):
-        made = work.root / f"made-{number}"
+        theirs = work.root / f"made-{number}"
         more = ("--model", str(work.root / "float"), "--scheme", scheme)
-        yield work.row("made", scheme, made, work.peer("make", made, *more))
+        yield work.row("made", scheme, theirs, work.peer("make", theirs, *more))
         there, back = work.root / f"ptq-{number}", work.root / f"back-{number}"
-        convert(made, there, "ptq")
+        convert(theirs, there, "ptq")
         convert(there, back, "compressed-tensors", scales=scales)
         yield work.row("back", scheme, back, work.peer("read", back))
 
 
 def table_row(row: Row) -> str:
     """A row of the table."""
-    cells = ("-" if v is None else f"{v:.2g}" if isinstance(v, float) else v for v in astuple(row))
+    cells = (f"{v:.2g}" if isinstance(v, float) else v for v in astuple(row))
     return f"| {' | '.join(cells)} |"
 
 
@@ -213,10 +238,15 @@ def check(options: argparse.Namespace, console: Console) -> None:
         root = options.keep or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
         work = Comparison(root, python, getattr(torch, options.dtype), rows)
-        console.say("| | scheme | dtype | weights, ulp | kernels | float | transformers loaded |")
+        console.say(
+            "| | scheme | dtype | weights, ulp | kernels | reference | transformers loaded |"
+        )
         console.say("|---|---|---|---|---|---|---|")
-        for row in compare(work, options.scales):
-            console.say(table_row(row))
+        (root / "tokens.json").write_text(json.dumps(rows), encoding="utf-8")
+        float_model(root / "float", work.dtype)
+        for way in options.ways:
+            for row in {"written": written, "made": made}[way](work, options.scales):
+                console.say(table_row(row))
 
 
 def main(arguments: list[str] | None = None) -> int:
