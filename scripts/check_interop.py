@@ -219,6 +219,8 @@ def made(work: Comparison, scales: str) -> Iterator[Row]:
         theirs = work.root / f"made-{number}"
         more = ("--model", str(work.root / "float"), "--scheme", scheme)
         yield work.row("made", scheme, theirs, work.peer("make", theirs, *more))
+    for number, scheme in enumerate(MADE):
+        theirs = work.root / f"made-{number}"
         there, back = work.root / f"ptq-{number}", work.root / f"back-{number}"
         convert(theirs, there, "ptq")
         convert(there, back, "compressed-tensors", scales=scales)

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 MADE = {
     "w8a8": ("rtn", 8, "channel", None, True, {"strategy": "token", "dynamic": True}),
-    "w8a8-static": ("rtn", 8, "channel", None, True, {"strategy": "tensor", "dynamic": False}),
-    "w8a16": ("rtn", 8, "channel", None, True, None),
     "w4a16-g32": ("rtn", 4, "group", 32, True, None),
     "w4a16-g128-asym": ("rtn", 4, "group", 128, False, None),
-    "w4a16-asym": ("rtn", 4, "channel", None, False, None),
     "w4a16-g64 (gptq)": ("gptq", 4, "group", 64, True, None),
+    "w8a8-static": ("rtn", 8, "channel", None, True, {"strategy": "tensor", "dynamic": False}),
+    "w8a16": ("rtn", 8, "channel", None, True, None),
+    "w4a16-asym": ("rtn", 4, "channel", None, False, None),
 }
 """How, bits, strategy, group size, symmetric, activations."""
 
@@ -44,7 +44,11 @@ def make(options: argparse.Namespace, rows: list[list[int]]) -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
 
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))  # not used, but asked for
     how, bits, strategy, size, symmetric, inputs = MADE[options.scheme]
     weights = QuantizationArgs(
         num_bits=bits, type="int", symmetric=symmetric, strategy=strategy, group_size=size
@@ -57,6 +61,7 @@ def make(options: argparse.Namespace, rows: list[list[int]]) -> None:
     oneshot(
         model=model,
         dataset=Dataset.from_list(data),
+        processor=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a"),
         recipe=modifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
         max_seq_length=max(map(len, rows)),
         num_calibration_samples=len(rows),
