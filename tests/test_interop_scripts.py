@@ -66,7 +66,7 @@ def test_a_row_of_the_table(work: check_interop.Comparison) -> None:
     logits = floats(torch.tensor(work.rows)).logits.detach()
     row = work.row("made", "w4a16-g32-asym", work.root / "out", ({**peer, "logits": logits}, "so"))
     assert (row.weights_ulp, row.reference) == (0.0, 0.0)
-    assert row.kernels < 1e-2
+    assert row.kernels < 2e-2  # it rounds inputs to bfloat16
     assert check_interop.table_row(row).startswith("| made | w4a16-g32-asym | float32 | 0 | ")
     weight = peer["model.layers.1.mlp.down_proj.weight"]
     weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(9.0, dtype=torch.float16))
