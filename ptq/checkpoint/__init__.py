@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
+from ptq.checkpoint import compressed_tensors
 from ptq.checkpoint.compare import assert_same, assert_same_outputs
+from ptq.checkpoint.convert import CONVERSIONS, convert
 from ptq.checkpoint.declare import declare_quantized
 from ptq.checkpoint.embedded import embed
+from ptq.checkpoint.load import load
 from ptq.checkpoint.manifest import Manifest
 from ptq.checkpoint.manifest_read import read_manifest
-from ptq.checkpoint.native_read import load
 from ptq.checkpoint.native_write import save
 from ptq.checkpoint.target import check_target
 from ptq.checkpoint.verify import verify_files
@@ -29,15 +32,21 @@ class CheckpointFormat:
 
 CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
     "ptq": CheckpointFormat(write=save, read=load),
+    "compressed-tensors": CheckpointFormat(
+        write=partial(compressed_tensors.write, engine="transformers", scales="keep"),
+        read=load,
+    ),
 }
 
 __all__ = [
     "CHECKPOINT_FORMATS",
+    "CONVERSIONS",
     "CheckpointFormat",
     "Manifest",
     "assert_same",
     "assert_same_outputs",
     "check_target",
+    "convert",
     "declare_quantized",
     "embed",
     "load",

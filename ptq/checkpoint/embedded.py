@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ptq.checkpoint.account import layer_entries, versions
 from ptq.checkpoint.hashing import file_entry, tensor_sha256
+from ptq.checkpoint.json_file import json_object, read_json
 from ptq.checkpoint.manifest import (
     CONFIG,
     FORMAT_VERSION,
@@ -23,7 +24,7 @@ from ptq.checkpoint.manifest import (
     class_name,
     seal,
 )
-from ptq.checkpoint.manifest_parse import json_object, parsed_manifest, read_json
+from ptq.checkpoint.manifest_parse import parsed_manifest
 from ptq.checkpoint.paths import inside, is_plain
 from ptq.checkpoint.shard import dtype_name, read_header, read_metadata
 from ptq.checkpoint.tensors import distinct_tensors

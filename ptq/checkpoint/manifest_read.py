@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from ptq.checkpoint.embedded import embedded_manifest
+from ptq.checkpoint.foreign import REMEDIES, method_of, quantization_of
+from ptq.checkpoint.json_file import read_json
 from ptq.checkpoint.manifest import CONFIG, INDEX, MANIFEST, Manifest
-from ptq.checkpoint.manifest_parse import parsed_manifest, read_json
+from ptq.checkpoint.manifest_parse import parsed_manifest
 from ptq.checkpoint.paths import inside
 from ptq.errors import CheckpointError
 
@@ -73,10 +75,13 @@ def _what_it_is(root: Path) -> str:
     message = f"{root} is not a ptq checkpoint: it has no {MANIFEST}"
     if not (root / CONFIG).is_file():
         return message
-    method = read_json(root / CONFIG).get("quantization_config")
-    name = method.get("quant_method") if isinstance(method, dict) else None
+    name = method_of(quantization_of(root))
     if name == "ptq":
         return f"{message}, though {CONFIG} names ptq; copy the whole checkpoint again"
     if name is not None:
-        return f"{message}; {CONFIG} says that it is in the {name!r} format, which ptq cannot load"
+        remedy = REMEDIES.get(name, "quantize the float model that it was made from: ptq.quantize")
+        return (
+            f"{message}; {CONFIG} says that it is in the {name!r} format, which ptq cannot load: "
+            f"{remedy}"
+        )
     return f"{message}; it looks like a float model, quantize it first: ptq.quantize(...)"

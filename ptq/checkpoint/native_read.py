@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ptq.checkpoint.atomic import recover
 from ptq.checkpoint.contents import check_file, check_tensor, checked_header
@@ -45,8 +45,8 @@ def load(
         UnsupportedError: the model cannot be built from its config; pass ``model``.
         ModelError: a buffer that is on the meta device in ``model`` cannot be computed.
     """
-    root = _recovered(Path(directory).expanduser())
-    device = _usable(device)
+    root = Path(directory).expanduser()
+    device = usable_device(device)
     manifest = read_manifest(root)
     check_index(root, manifest)
     for name in (CONFIG, GENERATION_CONFIG, INDEX):
@@ -60,17 +60,21 @@ def load(
     for name, layer in layers.items():
         replace_module(model, name, layer)
     share_inputs(model)
-    _assign(model, tensors, manifest.aliases)
+    assign(model, tensors, manifest.aliases)
     tie_shared(model)
     fill_computed_buffers(model, device)
     if isinstance(model, PreTrainedModel) and GENERATION_CONFIG in manifest.files:
-        model.generation_config = _generation_config(root)
+        model.generation_config = generation_config(root)
     declare_quantized(model)
     return model.to(device).eval()
 
 
-def _recovered(root: Path) -> Path:
-    """The directory; put back first if its writer was killed while replacing it."""
+def recovered(root: Path) -> Path:
+    """The directory; put back first if its writer was killed while replacing it.
+
+    Raises:
+        CheckpointError: it cannot be put back.
+    """
     if not root.exists():
         try:
             recover(root.absolute())
@@ -82,7 +86,12 @@ def _recovered(root: Path) -> Path:
     return root
 
 
-def _usable(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, which is there.
+
+    Raises:
+        CheckpointError: it is not.
+    """
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -96,13 +105,7 @@ def _empty_model(root: Path, manifest: Manifest) -> PreTrainedModel:
             f"{root} holds a {manifest.model_class}, which is not a transformers model; "
             "build it and pass it: ptq.load(directory, model=...)"
         )
-    inside(root, CONFIG)
-    try:
-        config = AutoConfig.from_pretrained(root)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{root / CONFIG} cannot be used: {_first_line(error)}") from None
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = load_config(root)
     name = manifest.model_class.rpartition(".")[2]
     builtin = manifest.model_class.startswith("transformers.") and hasattr(transformers, name)
     if not builtin or config.architectures != [name]:
@@ -112,6 +115,23 @@ def _empty_model(root: Path, manifest: Manifest) -> PreTrainedModel:
             "model (trust_remote_code): build it and pass it: ptq.load(directory, model=...)"
         )
     return skeleton(config)
+
+
+def load_config(root: Path) -> PretrainedConfig:
+    """The transformers config of a directory, without what it says about quantization.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
+    inside(root, CONFIG)
+    try:
+        config = AutoConfig.from_pretrained(root)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{root / CONFIG} cannot be used: {_first_line(error)}") from None
+    assert isinstance(config, PretrainedConfig)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _read(
@@ -130,7 +150,7 @@ def _read(
     return tensors
 
 
-def _assign(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
+def assign(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
     """Put the tensors in their slots; the names of one tensor get the same Parameter."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     shared: dict[str, nn.Parameter] = {}
@@ -143,7 +163,12 @@ def _assign(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[st
     model.load_state_dict(values, assign=True)
 
 
-def _generation_config(root: Path) -> GenerationConfig:
+def generation_config(root: Path) -> GenerationConfig:
+    """The generation config of a directory, which has one.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
     inside(root, GENERATION_CONFIG)
     try:
         return GenerationConfig.from_pretrained(root)

@@ -1,26 +1,23 @@
 """Writing the native checkpoint."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ptq.checkpoint.account import layer_entries, versions
 from ptq.checkpoint.atomic import replacing
 from ptq.checkpoint.description import describe
 from ptq.checkpoint.manifest import (
     FORMAT_VERSION,
-    INDEX,
-    WEIGHTS,
     Manifest,
-    TensorEntry,
     class_name,
     seal,
     write_manifest,
 )
-from ptq.checkpoint.shard import Elsewhere, dtype_name, write_shard
+from ptq.checkpoint.shard import Elsewhere
+from ptq.checkpoint.shards import write_shards
 from ptq.checkpoint.side_files import side_file_entries, write_side_files
 from ptq.checkpoint.target import check_target
 from ptq.checkpoint.tensors import distinct_tensors
@@ -37,6 +34,7 @@ def save(
     overwrite: bool = False,
     shard_bytes: int = 5_000_000_000,
     extra_files: Mapping[str, str] | None = None,
+    carried: Mapping[str, Path] | None = None,
     elsewhere: Elsewhere | None = None,
 ) -> Manifest:
     """Write a quantized model to a directory: safetensors, config.json and a manifest.
@@ -50,6 +48,7 @@ def save(
         overwrite: replace an existing ptq checkpoint; nothing else is ever replaced.
         shard_bytes: tensor bytes in one file at most; a larger tensor has a file of its own.
         extra_files: name to text of further files, such as a README.md.
+        carried: name in the checkpoint (with ``/``) to a file that is copied as it is.
         elsewhere: for tensors on the meta device, by their names: what reads the values, one
             tensor at a time as it is written. For models larger than memory.
 
@@ -69,8 +68,9 @@ def save(
             target.parent.mkdir(parents=True)
         with replacing(target, overwrite) as tmp:
             section = describe({name: entry.scheme for name, entry in layers.items()}, aliases)
-            write_side_files(model, tmp, section, tokenizer, extra_files or {})
-            entries = _write_tensors(tensors, tmp, shard_bytes, total, elsewhere)
+            extra = extra_files or {}
+            write_side_files(model, tmp, section, tokenizer, extra, carried or {})
+            entries = write_shards(tensors, tmp, shard_bytes, total, elsewhere)
             manifest = seal(
                 Manifest(
                     format_version=FORMAT_VERSION,
@@ -91,45 +91,3 @@ def save(
             "what was there is unchanged; free some space, or choose another directory"
         ) from error
     return manifest
-
-
-def _write_tensors(
-    tensors: Mapping[str, Tensor],
-    directory: Path,
-    shard_bytes: int,
-    total: int,
-    elsewhere: Elsewhere,
-) -> dict[str, TensorEntry]:
-    shards = _divide({key: tensor.nbytes for key, tensor in tensors.items()}, shard_bytes)
-    entries = {}
-    for number, keys in enumerate(shards, 1):
-        name = WEIGHTS
-        if len(shards) > 1:
-            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        chosen = {key: tensors[key] for key in keys}
-        hashes = write_shard(directory / name, chosen, elsewhere)
-        for key in keys:
-            entries[key] = TensorEntry(
-                dtype=dtype_name(tensors[key].dtype),
-                shape=tuple(tensors[key].shape),
-                sha256=hashes[key],
-                shard=name,
-            )
-    if len(shards) > 1:
-        weight_map = {key: entries[key].shard for key in sorted(entries)}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return entries
-
-
-def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Consecutive keys, up to ``limit`` bytes together; one that is larger stands alone."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for key, size in sizes.items():
-        if shards[-1] and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(key)
-        filled += size
-    return shards

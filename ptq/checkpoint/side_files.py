@@ -1,6 +1,7 @@
 """The files of a checkpoint that are not tensors: configs, tokenizer, what the caller adds."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,22 +28,20 @@ def write_side_files(
     section: Mapping[str, Any],
     tokenizer: Any,
     extra_files: Mapping[str, str],
+    carried: Mapping[str, Path],
 ) -> None:
     """Write config.json and generation_config.json of a transformers model, and the rest.
 
     Args:
         section: ``quantization_config`` of config.json.
+        carried: files to copy, by their path in the directory.
 
     Raises:
         CheckpointError: an extra file has a name that cannot be used.
         OSError: a file exists or cannot be written.
     """
     if isinstance(model, PreTrainedModel):
-        (directory / CONFIG).write_text(_config_json(model, section), encoding="utf-8")
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:  # its save_pretrained refuses configs that the hub is full of
-            text = generation.to_json_string(use_diff=True, keys_to_pop=["compile_config"])
-            (directory / GENERATION_CONFIG).write_text(text, encoding="utf-8")
+        write_configs(model, directory, section)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
     for name, text in extra_files.items():
@@ -50,12 +49,39 @@ def write_side_files(
             raise CheckpointError(f"extra file {name!r}: choose another name, without directories")
         with (directory / name).open("x", encoding="utf-8") as file:
             file.write(text)
+    copy_files(carried, directory)
 
 
-def _config_json(model: PreTrainedModel, section: Mapping[str, Any]) -> str:
+def write_configs(model: PreTrainedModel, directory: Path, quantization: Mapping[str, Any]) -> None:
+    """Write config.json, with this ``quantization_config``, and generation_config.json.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    (directory / CONFIG).write_text(_config_json(model, quantization), encoding="utf-8")
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:  # its save_pretrained refuses configs that the hub is full of
+        text = generation.to_json_string(use_diff=True, keys_to_pop=["compile_config"])
+        (directory / GENERATION_CONFIG).write_text(text, encoding="utf-8")
+
+
+def copy_files(files: Mapping[str, Path], directory: Path) -> None:
+    """Copy files to where the directory has nothing yet, by their path below it.
+
+    Raises:
+        OSError: one exists or cannot be copied.
+    """
+    for name, source in files.items():
+        target = directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as file, source.open("rb") as original:
+            shutil.copyfileobj(original, file)
+
+
+def _config_json(model: PreTrainedModel, quantization: Mapping[str, Any]) -> str:
     data = json.loads(model.config.to_json_string(use_diff=True))
     data["architectures"] = [type(model).__name__]
-    data["quantization_config"] = section
+    data["quantization_config"] = dict(quantization)
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     if dtypes:
         data["dtype"] = dtype_name(dtypes[0])

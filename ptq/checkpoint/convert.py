@@ -1,0 +1,72 @@
+"""From one checkpoint format to another, codes as they are."""
+
+from pathlib import Path
+
+from ptq.checkpoint import compressed_tensors
+from ptq.checkpoint.atomic import is_ours
+from ptq.checkpoint.compare import assert_same
+from ptq.checkpoint.load import load
+from ptq.checkpoint.manifest import CONFIG, GENERATION_CONFIG, INDEX, MANIFEST
+from ptq.checkpoint.native_write import save
+from ptq.checkpoint.paths import inside
+from ptq.checkpoint.target import check_target
+from ptq.errors import CheckpointError
+
+CONVERSIONS = ("compressed-tensors", "ptq")
+_MADE_ANEW = (CONFIG, GENERATION_CONFIG, INDEX, MANIFEST)
+_LEFT = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".gguf")
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    *,
+    engine: compressed_tensors.Engine = "vllm",
+    scales: compressed_tensors.Scales = "model",
+    shard_bytes: int = 5_000_000_000,
+) -> list[str]:
+    """Write a checkpoint in another format; codes and zero points stay, bit for bit.
+
+    The tokenizer and other files come along; code and weights in pickles do not. The target appears
+    whole, read back and compared, or not at all; it is never overwritten.
+
+    Args:
+        to: one of :data:`CONVERSIONS`.
+        engine, scales: as in :func:`ptq.checkpoint.compressed_tensors.write`.
+
+    Returns:
+        What is different from the source, in words.
+
+    Raises:
+        CheckpointError: the source cannot be read, or the target cannot be written.
+        UnsupportedError: the format cannot hold a layer, or the engine not load it; it is named.
+    """
+    root = Path(source).expanduser()
+    check_target(target, False, 0)
+    if is_ours(root) == (to == "ptq") and (root / CONFIG).is_file():
+        raise CheckpointError(f"{root} is in the {to} format already; copy the directory")
+    model = load(root)
+    carried, left = _side_files(root)
+    notes = [f"left behind: {', '.join(left)}"] if left else []
+    if to == "ptq":
+        save(model, target, shard_bytes=shard_bytes, carried=carried)
+        assert_same(model, load(target))
+        return notes
+    return notes + compressed_tensors.write(
+        model, target, engine=engine, scales=scales, shard_bytes=shard_bytes, carried=carried
+    )
+
+
+def _side_files(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """The files that a converted checkpoint gets as they are, and those that it does not get."""
+    carried, left = {}, []
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if not path.is_file() or name in _MADE_ANEW or path.suffix == ".safetensors":
+            continue
+        if path.suffix in _LEFT:
+            left.append(name)
+        else:
+            carried[name] = inside(root, name, nested=True)
+    return carried, left

@@ -1,0 +1,38 @@
+"""Which safetensors files a directory of transformers' kind has."""
+
+from pathlib import Path
+
+from ptq.checkpoint.json_file import read_json
+from ptq.checkpoint.manifest import INDEX
+from ptq.checkpoint.paths import inside
+from ptq.checkpoint.shard import Stored, read_header
+from ptq.errors import CheckpointError
+
+_SINGLE = "model.safetensors"
+
+
+def find_shards(root: Path) -> dict[Path, dict[str, Stored]]:
+    """The tensors of each file: those of the index, or of the one file where there is none.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or outside of the directory, or holds other
+            tensors than the index says.
+    """
+    if not (root / INDEX).is_file():
+        path = inside(root, _SINGLE)
+        return {path: read_header(path)}
+    weight_map = read_json(inside(root, INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{root / INDEX} is damaged: it has no weight_map")
+    names = dict.fromkeys(weight_map.values())
+    shards = {name: read_header(inside(root, name)) for name in names}
+    held = {key: name for name, header in shards.items() for key in header}
+    for key in (*weight_map, *held):
+        if weight_map.get(key) != held.get(key):
+            raise CheckpointError(
+                f"{root / INDEX}: tensor {key} is said to be in {weight_map.get(key)}, and is in "
+                f"{held.get(key)}; copy the checkpoint again"
+            )
+    if sum(map(len, shards.values())) != len(held):
+        raise CheckpointError(f"{root}: a tensor is in two files; copy the checkpoint again")
+    return {root / str(name): header for name, header in shards.items()}

@@ -1,0 +1,62 @@
+"""The safetensors files of a checkpoint: one, or several with an index."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ptq.checkpoint.manifest import INDEX, TensorEntry
+from ptq.checkpoint.shard import Elsewhere, dtype_name, write_shard
+
+
+def write_shards(
+    tensors: Mapping[str, Tensor],
+    directory: Path,
+    shard_bytes: int,
+    total: int,
+    elsewhere: Elsewhere,
+) -> dict[str, TensorEntry]:
+    """Write tensors as one file or, with an index, several; returns what each file holds.
+
+    Args:
+        shard_bytes: tensor bytes in one file at most; a larger tensor has a file of its own.
+        total: bytes of all tensors.
+        elsewhere: for tensors on the meta device: what reads the values, as they are written.
+
+    Raises:
+        OSError: a file exists or cannot be written.
+    """
+    shards = _divide({key: tensor.nbytes for key, tensor in tensors.items()}, shard_bytes)
+    entries = {}
+    for number, keys in enumerate(shards, 1):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        chosen = {key: tensors[key] for key in keys}
+        hashes = write_shard(directory / name, chosen, elsewhere)
+        for key in keys:
+            entries[key] = TensorEntry(
+                dtype=dtype_name(tensors[key].dtype),
+                shape=tuple(tensors[key].shape),
+                sha256=hashes[key],
+                shard=name,
+            )
+    if len(shards) > 1:
+        weight_map = {key: entries[key].shard for key in sorted(entries)}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return entries
+
+
+def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Consecutive keys, up to ``limit`` bytes together; one that is larger stands alone."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key, size in sizes.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += size
+    return shards
