@@ -10,10 +10,12 @@ and ``register_quantizer``, and the name of their module.
 """
 
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # importlib.abc takes longer to import than the rest of ptq
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 _AUTO = "transformers.quantizers.auto"
 METHOD = "ptq"
@@ -38,33 +40,33 @@ def _register() -> None:
         auto.register_quantizer(METHOD)(PtqHfQuantizer)
 
 
-class _Waiting(MetaPathFinder):
+class _Waiting:
     """Finds one module, as the other finders do, and has it loaded by :class:`_Registering`."""
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+        self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
         if name != _AUTO:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         found = (finder.find_spec(name, path, target) for finder in others)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader, self)
+            spec.loader = _Registering(spec.loader, self)  # type: ignore[assignment]
         return spec
 
 
-class _Registering(Loader):
+class _Registering:
     """Executes a module by its own loader, and registers after that."""
 
-    def __init__(self, loader: Loader, waiting: _Waiting) -> None:
+    def __init__(self, loader: Any, waiting: _Waiting) -> None:
         self.loader = loader
         self.waiting = waiting
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+    def create_module(self, spec: "ModuleSpec") -> Any:
         return self.loader.create_module(spec)
 
-    def exec_module(self, module: ModuleType) -> None:
+    def exec_module(self, module: "ModuleType") -> None:
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
