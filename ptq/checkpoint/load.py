@@ -20,7 +20,7 @@ def load(
     """The quantized model of a checkpoint, in eval mode, bit for bit as it was saved.
 
     The model is built without weights; each tensor is read once, into memory of its own. Its
-    ``config`` has no ``quantization_config``: only the file on disk says how it was quantized.
+    ``save_pretrained`` writes a ptq checkpoint, whatever the format was.
 
     Args:
         directory: what :func:`ptq.save` wrote, or a checkpoint in the compressed-tensors format.

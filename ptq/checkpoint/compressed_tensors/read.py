@@ -19,6 +19,7 @@ from ptq.checkpoint.compressed_tensors.groups import (
     scheme_of,
 )
 from ptq.checkpoint.compressed_tensors.layer import Expected, expected_tensors, read_weight
+from ptq.checkpoint.declare import declare_quantized
 from ptq.checkpoint.foreign import quantization_of
 from ptq.checkpoint.manifest import CONFIG, GENERATION_CONFIG
 from ptq.checkpoint.native_read import (
@@ -91,6 +92,7 @@ def read(
     fill_computed_buffers(model, device)
     if isinstance(model, PreTrainedModel) and (root / GENERATION_CONFIG).is_file():
         model.generation_config = generation_config(root)
+    declare_quantized(model)
     return model.to(device).eval()
 
 

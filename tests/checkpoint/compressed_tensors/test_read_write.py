@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import ptq
 from ptq.checkpoint import CHECKPOINT_FORMATS, assert_same, convert, verify_files
@@ -72,6 +73,14 @@ def test_there_and_back(tmp_path: Path, scheme: str) -> None:
             assert (tmp_path / directory / name).read_bytes() == (
                 tmp_path / "a" / name
             ).read_bytes()
+
+
+def test_what_was_read_is_saved_by_transformers_as_well(tmp_path: Path) -> None:
+    exactly(quantize_linears(tiny_llama(), "w4a16-g16-asym"), tmp_path / "ct")
+    model = ptq.load(tmp_path / "ct")
+    assert isinstance(model, PreTrainedModel)
+    model.save_pretrained(tmp_path / "again")
+    assert_same(model, ptq.load(tmp_path / "again"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
