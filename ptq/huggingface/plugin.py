@@ -95,3 +95,8 @@ class PtqHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """``generate`` may decode through one compiled graph (:func:`ptq.compile`)."""
+        return True

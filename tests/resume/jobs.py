@@ -84,7 +84,7 @@ def kill_ten_times(folder: Path, kind: str) -> None:
             number += 1
         else:
             killed += 1
-            print(f"killed after {lived:.2f} of {whole:.2f} s")
+            print(f"killed after {lived:.2f} of {whole:.2f} s", flush=True)  # forks would again
     _end_or_kill(job(folder, f"killed-{number}", **KINDS[kind]), None)
 
 
