@@ -14,8 +14,6 @@ in ptq).
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from pathlib import Path
 import torch
 from arguments import script_parser
 from peer_checkpoint import MADE
+from peers import run_peer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -174,12 +173,8 @@ class Comparison:
         output = self.root / "peer.safetensors"
         command = [str(self.python), str(_SCRIPT), action, str(directory), "--output", str(output)]
         command += ["--tokens", str(self.root / "tokens.json"), *more]
-        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ConfigError(f"the peer failed to {action} {directory.name}: {last}")
-        return load_file(output), json.loads(done.stdout.strip().splitlines()[-1])["loaded"]
+        loaded = run_peer(command, f"the peer failed to {action} {directory.name}")["loaded"]
+        return load_file(output), loaded
 
     def row(
         self, way: str, scheme: str, directory: Path, peer: tuple[dict[str, Tensor], str]

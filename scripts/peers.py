@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,21 @@ def peer(text: str) -> Peer:
     return Peer(name, Path(python))
 
 
+def run_peer(command: list[str], failure: str) -> dict[str, Any]:
+    """What a script says in its last line, as JSON; it does not see this process's PYTHONPATH.
+
+    Raises:
+        ConfigError: it failed: ``failure``, and its last line.
+    """
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ConfigError(f"{failure}: {last}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
 def prepare(directory: Path, model: Any, tokenizer: Any, tokens: TokenSet) -> None:
     """Write the float model and the calibration tokens to where the peers read them."""
     model.save_pretrained(directory)
@@ -72,11 +88,7 @@ def quantize(
     command += ["--bits", str(weights.int_format.bits), "--group-size", str(weights.group_size)]
     command += ["--symmetric"] if weights.symmetric else []
     command += ["--iterations", str(iterations)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(f"{peer.name} ({peer.python}) failed on {scheme}: {last}")
-    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    figures = run_peer(command, f"{peer.name} ({peer.python}) failed on {scheme}")
     made = copy.deepcopy(model)
     with torch.no_grad():
         for name, weight in load_file(output).items():

@@ -163,10 +163,7 @@ class Blockwise:
             }
             layers = self._keeper.put_back(stream.names, position, schemes, device)
             if self.recipe.finishes:
-                for names in reached.rotated:
-                    keys = [n.removeprefix(f"{name}.") for n in names]
-                    if keys[0] in layers:
-                        read_rotated([layers[key].linear for key in keys])
+                _share_rotations(f"{name}.", layers, reached.rotated)
             self._settle(name, layers)
             self.restored.append(name)
             if self._keeper.store.streams:
@@ -351,6 +348,16 @@ class Blockwise:
 def _linears(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
     layers = {name: module.get_submodule(name) for name in names}
     return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+
+
+def _share_rotations(
+    prefix: str, layers: Mapping[str, LayerState], rotated: Iterable[list[str]]
+) -> None:
+    """Let those of a block's layers that shared a rotation read through one again."""
+    for names in rotated:
+        shared = [layers[key].linear for n in names if (key := n.removeprefix(prefix)) in layers]
+        if shared:
+            read_rotated(shared)
 
 
 def _rotated(scheme: Scheme) -> Scheme:

@@ -8,6 +8,7 @@ from ptq.checkpoint.json_file import read_json
 from ptq.checkpoint.manifest import CONFIG, INDEX, MANIFEST, Manifest
 from ptq.checkpoint.manifest_parse import parsed_manifest
 from ptq.checkpoint.paths import inside
+from ptq.checkpoint.shard_index import read_weight_map
 from ptq.errors import CheckpointError
 
 
@@ -51,9 +52,7 @@ def check_index(root: Path, manifest: Manifest) -> None:
     """
     if INDEX not in manifest.files:
         return
-    weight_map = read_json(inside(root, INDEX)).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{root / INDEX} is damaged: it has no weight_map")
+    weight_map = read_weight_map(root)
     for shard in weight_map.values():
         inside(root, shard)
     for key in [*manifest.tensors, *weight_map]:

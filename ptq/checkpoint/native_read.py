@@ -28,23 +28,7 @@ def load(
     device: str | torch.device = "cpu",
     verify: bool = True,
 ) -> nn.Module:
-    """The quantized model of a checkpoint, in eval mode, bit for bit as it was saved.
-
-    The model is built without weights; each tensor is read once, into memory of its own. Its
-    ``save_pretrained`` writes a checkpoint as well.
-
-    Args:
-        model: for what is not a transformers model: the float model, as built by your code, on
-            any device (``torch.device("meta")`` costs no memory). It becomes the quantized model;
-            it is not touched before everything has been read and checked.
-        verify: compare the tensors, and the files that are read, with their hashes.
-
-    Raises:
-        CheckpointError: there is no ptq checkpoint, it is of a newer format, or it is not what
-            was written; the tensor or file is named.
-        UnsupportedError: the model cannot be built from its config; pass ``model``.
-        ModelError: a buffer that is on the meta device in ``model`` cannot be computed.
-    """
+    """:func:`ptq.checkpoint.load` of what :func:`ptq.save` wrote."""
     root = Path(directory).expanduser()
     device = usable_device(device)
     manifest = read_manifest(root)

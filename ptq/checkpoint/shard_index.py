@@ -1,14 +1,26 @@
 """Which safetensors files a directory of transformers' kind has."""
 
 from pathlib import Path
+from typing import Any
 
 from ptq.checkpoint.json_file import read_json
-from ptq.checkpoint.manifest import INDEX
+from ptq.checkpoint.manifest import INDEX, WEIGHTS
 from ptq.checkpoint.paths import inside
 from ptq.checkpoint.shard import Stored, read_header
 from ptq.errors import CheckpointError
 
-_SINGLE = "model.safetensors"
+
+def read_weight_map(root: Path) -> dict[str, Any]:
+    """The file of each tensor, as the index of a sharded checkpoint gives it.
+
+    Raises:
+        CheckpointError: it is missing, damaged or outside of the directory.
+    """
+    weight_map = read_json(inside(root, INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{root / INDEX} is damaged: it has no weight_map")
+    found: dict[str, Any] = weight_map
+    return found
 
 
 def find_shards(root: Path) -> dict[Path, dict[str, Stored]]:
@@ -19,11 +31,9 @@ def find_shards(root: Path) -> dict[Path, dict[str, Stored]]:
             tensors than the index says.
     """
     if not (root / INDEX).is_file():
-        path = inside(root, _SINGLE)
+        path = inside(root, WEIGHTS)
         return {path: read_header(path)}
-    weight_map = read_json(inside(root, INDEX)).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{root / INDEX} is damaged: it has no weight_map")
+    weight_map = read_weight_map(root)
     names = dict.fromkeys(weight_map.values())
     shards = {name: read_header(inside(root, name)) for name in names}
     held = {key: name for name, header in shards.items() for key in header}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ptq.checkpoint.manifest import INDEX, TensorEntry
+from ptq.checkpoint.manifest import INDEX, WEIGHTS, TensorEntry
 from ptq.checkpoint.shard import Elsewhere, dtype_name, write_shard
 
 
@@ -30,7 +30,7 @@ def write_shards(
     shards = _divide({key: tensor.nbytes for key, tensor in tensors.items()}, shard_bytes)
     entries = {}
     for number, keys in enumerate(shards, 1):
-        name = "model.safetensors"
+        name = WEIGHTS
         if len(shards) > 1:
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         chosen = {key: tensors[key] for key in keys}

@@ -20,6 +20,7 @@ from ptq.transforms.apply import apply_scale
 from ptq.transforms.base import ChannelStats, ScaleGroup
 from ptq.transforms.chain import Chain, chains_of
 from ptq.transforms.scaled import ScaledLayer
+from ptq.transforms.search import targets_of
 
 _STILL = 1e-4  # change of a scale, relative, below which nothing moves
 
@@ -68,10 +69,11 @@ def _equalize(
     options: EqualizeOptions,
 ) -> str:
     """Equalize a chain if that lessens its error; returns what was done."""
+    reached = [name for name in chain.layers() if name in schemes and name in samples]
+    targets = targets_of(chain.block, reached, samples, schemes)
     layers = {
-        name: ScaledLayer(chain.weight(name), samples[name], schemes[name], chain.readers(name))
-        for name in chain.layers()
-        if name in schemes and name in samples
+        name: ScaledLayer(target, chain.readers(name))
+        for name, target in zip(reached, targets, strict=True)
     }
     before, most = _error(chain, layers), options.iterations
     sweeps = next((n for n in range(1, most + 1) if chain.sweep() < _STILL), most)

@@ -13,6 +13,7 @@ from ptq.recipe import make_recipe
 from ptq.transforms import ScaleGroup
 from ptq.transforms.chain import Chain
 from ptq.transforms.scaled import ScaledLayer
+from ptq.transforms.search import Target
 from tests.helpers import quant_linear, quantize_linears
 from tests.transforms.models import Called, block_of
 from tests.transforms.test_transforms import transform
@@ -166,6 +167,6 @@ def test_an_error_counts_by_the_columns_that_read_it() -> None:
     expected = ((given - exact).double().square() @ reads).sum() / (
         exact.double().square() @ reads
     ).sum()
-    layer = ScaledLayer(first.weight, x, scheme, chain.readers("0"))
+    layer = ScaledLayer(Target(first.weight, x, scheme), chain.readers("0"))
     assert layer.error(out, into) == pytest.approx(float(expected), rel=1e-4)
     assert torch.equal(chain.readers("2"), torch.ones(8))
