@@ -1,6 +1,10 @@
 """Arguments that the benchmarks share."""
 
 import argparse
+import re
+import shlex
+import sys
+from pathlib import Path
 
 from ptq.command import EXIT_CODES, positive
 from ptq.config import preset
@@ -13,6 +17,18 @@ def script_parser(description: str | None) -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def command_line(script: str, arguments: list[str] | None) -> str:
+    """The command that a script was started with; interpreters of peers are not spelt out.
+
+    Args:
+        script: its path.
+        arguments: None for those of this process.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [re.sub(r"^(\w[\w-]*)=/\S+$", r"\1=PYTHON", word) for word in given]
+    return f"python scripts/{Path(script).name} {shlex.join(words)}".strip()
 
 
 def add_sizes(parser: argparse.ArgumentParser, sizes: dict[str, int]) -> None:

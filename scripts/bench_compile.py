@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from arguments import model_parser
+from arguments import command_line, model_parser
 from racing import compared, race, timed
 from torch import Tensor
 
@@ -37,7 +37,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=positive, default=33, metavar="T")
     parser.add_argument("--seconds", type=float, default=40, help="for the whole table")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.command = command_line(__file__, arguments)
+    return options
 
 
 def build(options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def bench(options: argparse.Namespace, console: Console) -> None:
     if options.json:
         document = {
             "model": options.model, "head": options.head,
-            "environment": environment(), "rows": rows,
+            "command": options.command, "environment": environment(), "rows": rows,
         }  # fmt: skip
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 

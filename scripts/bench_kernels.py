@@ -15,7 +15,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from arguments import dynamic_scheme, shape
+from arguments import command_line, dynamic_scheme, shape
 from racing import compared, race, speeds, timed
 from torch import Tensor, nn
 
@@ -44,7 +44,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=0.6, help="time for one cell")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.command = command_line(__file__, arguments)
+    return options
 
 
 def float_layers(n: int, k: int, dtype: torch.dtype, copies: int) -> list[nn.Module]:
@@ -111,7 +113,8 @@ def bench(options: argparse.Namespace) -> None:
                 rows.append(row)
                 print(show(row), flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
+        document = {"command": options.command, "environment": environment(), "rows": rows}
+        options.json.write_text(json.dumps(document, indent=1))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,8 +19,9 @@ from ptq.report import Console
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
-    for name in ("kernels", "model", "compile"):
+    for name in ("kernels", "compile"):
         parser.add_argument(f"--{name}", type=Path, required=True, help=f"of bench_{name}.py")
+    parser.add_argument("--model", type=Path, nargs="+", required=True, help="of bench_model.py")
     parser.add_argument("--output", type=Path, default=Path("docs/performance.md"))
     return parser.parse_args(arguments)
 
@@ -30,8 +31,10 @@ def read(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}; make it with the benchmark's --json") from None
-    if "rows" not in found or "environment" not in found:
-        raise ConfigError(f"{path} is not the JSON of a benchmark")
+    if not {"rows", "environment", "command"} <= found.keys():
+        raise ConfigError(
+            f"{path} is not the JSON of a benchmark, or of an older one; make it anew"
+        )
     return found
 
 
@@ -69,20 +72,49 @@ def kernels(document: dict[str, Any]) -> str:
 
 
 def models(document: dict[str, Any]) -> str:
-    """Tasks down, schemes across."""
-    found = {(r["task"], r["scheme"]): r for r in document["rows"]}
-    schemes = unique(s for _, s in found)
-    body = [
-        [task]
-        + [
-            " / ".join(
-                f"{found[task, s][f'speed_over_{base}']:.2f}" for base in ("bfloat16", "float32")
-            )
-            for s in schemes
+    """Models down; tasks, loading and weights across."""
+    found = {(r["name"], r["task"]): r for r in document["rows"]}
+    bases, tasks = document["bases"], unique(task for _, task in found)
+    weights = {m["name"]: m["weight_bytes"] for m in document["models"]}
+    body = []
+    for model in document["models"]:
+        name, seconds = model["name"], model["load_seconds"]
+        cells = [
+            " / ".join(f"{found[name, task][f'speed_over_{base}']:.2f}" for base in bases)
+            + f"<br>{found[name, task]['milliseconds']:.1f} ms"
+            for task in tasks
         ]
-        for task in unique(t for t, _ in found)
-    ]
-    return table(["", *(f"`{s}`" for s in schemes)], body)
+        share = weights[name] / weights[bases[0]]
+        loading = "-" if seconds is None else f"{seconds:.1f}"
+        body.append([f"`{name}`", *cells, loading, f"{weights[name] / 1e6:.1f} ({share:.2f})"])
+    return table(["", *tasks, "load (s)", "weights (MB)"], body)
+
+
+def packages(document: dict[str, Any]) -> str:
+    """A sentence on the versions of the peers, if there are any."""
+    ours = document["environment"]["packages"]
+    versions = {
+        f"{package} {version}"
+        for model in document["models"]
+        for package, version in model["packages"].items()
+        if ours.get(package) != version
+    }
+    return f" Peers: {', '.join(sorted(versions))}." if versions else ""
+
+
+def whole_model(document: dict[str, Any]) -> str:
+    """A section: what was measured, the command, the table."""
+    head, tune, peers = document["head"], document["tune"], packages(document)
+    bases = " / ".join(document["bases"])
+    kernels = "" if tune is None else f" Kernels are those that `ptq.tune(memory={tune})` chose."
+    return f"""**{document["model"]}**, output head {head or "float"}; decode is one step behind
+{document["decode_after"]} tokens. Against {bases}.{kernels}{peers} {machine(document)}.
+
+```bash
+{document["command"]}
+```
+
+{models(document)}"""
 
 
 def compiled(document: dict[str, Any]) -> str:
@@ -99,13 +131,14 @@ def compiled(document: dict[str, Any]) -> str:
 
 
 def page(options: argparse.Namespace) -> str:
-    by_kernel, by_model, by_compile = map(read, (options.kernels, options.model, options.compile))
-    head = f" --head {by_compile['head']}" if by_compile["head"] else ""
+    by_kernel, by_compile = read(options.kernels), read(options.compile)
+    sections = "\n\n".join(whole_model(read(path)) for path in options.model)
+    head = f", output head {by_compile['head']}" if by_compile["head"] else ""
     return f"""# Performance
 
 Made by `scripts/make_performance_page.py` from the JSON of the benchmarks. A figure is the float
 layer's or model's time divided by the quantized one's: above 1 is faster than float. Candidates
-take turns in one process. `a / b` is against bfloat16 / against float32.
+take turns. `a / b` is against bfloat16 / against float32.
 
 ## One layer
 
@@ -114,29 +147,26 @@ takes the next of enough copies to exceed the last-level cache); the kernel is t
 of thumb chose. {machine(by_kernel)}.
 
 ```bash
-python scripts/bench_kernels.py --seconds 0.5 --json kernels.json
+{by_kernel["command"]}
 ```
 
 {kernels(by_kernel)}
 
-## A whole model, eager
+## Whole models, eager
 
-{by_model["model"]}, batch 1, output head float; decode is one step behind 128 tokens.
-{machine(by_model)}.
+Batch 1. Loading is from safetensors files that the system has in memory, to a model that can run;
+peers quantize the float model as they load it. Weights are all tensors that a model holds after its
+turns, the kernels' own forms included, and their share of the first float model's. Peers run in
+processes of their own, which are idle between their turns; llama.cpp is a run of `llama-bench`.
 
-```bash
-python scripts/bench_model.py --seconds 12 --json model.json
-```
-
-{models(by_model)}
+{sections}
 
 ## Decoding with ptq.compile
 
-The same model through `model.generate`{", output head " + by_compile["head"] if head else ""}.
-{machine(by_compile)}.
+{by_compile["model"]} through `model.generate`{head}. {machine(by_compile)}.
 
 ```bash
-python scripts/bench_compile.py{head} --json compile.json
+{by_compile["command"]}
 ```
 
 {compiled(by_compile)}

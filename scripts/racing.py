@@ -13,11 +13,17 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def race(candidates: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
-    """Times of each candidate, taken in turns; each returns its own seconds."""
+def race(
+    candidates: dict[str, Callable[[], float]], seconds: float, turns: int = 5
+) -> dict[str, list[float]]:
+    """Times of each candidate, taken in turns; each returns its own seconds.
+
+    Args:
+        seconds, turns: both at least, for all candidates together and for each of them.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+    while time.perf_counter() < end or len(next(iter(times.values()))) < turns:
         for name, run in candidates.items():
             times[name].append(run())
     return times
@@ -29,16 +35,18 @@ def compared(times: dict[str, list[float]], name: str, bases: tuple[str, ...]) -
     found: dict[str, Any] = {"milliseconds": 1e3 * median(times[name])}
     for base in bases:
         ratios = [b / t for b, t in zip(times[base], times[name], strict=True)]
-        deciles = quantiles(ratios, n=10)
+        deciles = quantiles(ratios, n=10, method="inclusive")
         found[f"speed_over_{base}"] = median(ratios)
         found[f"spread_over_{base}"] = [deciles[0], deciles[-1]]
     return found
 
 
 def speeds(row: dict[str, Any]) -> str:
-    """The figures of :func:`compared` over bfloat16 and float32, for a line of a table."""
-    low, high = row["spread_over_bfloat16"]
-    return (
-        f"{row['milliseconds']:9.3f} ms  {row['speed_over_bfloat16']:5.2f}x bfloat16 "
-        f"[{low:.2f}, {high:.2f}]  {row['speed_over_float32']:5.2f}x float32"
-    )
+    """The figures of :func:`compared`, for a line of a table."""
+    line = f"{row['milliseconds']:9.3f} ms"
+    for key in row:
+        if key.startswith("speed_over_"):
+            base = key.removeprefix("speed_over_")
+            low, high = row[f"spread_over_{base}"]
+            line += f"  {row[key]:5.2f}x {base} [{low:.2f}, {high:.2f}]"
+    return line

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -157,17 +158,6 @@ def test_bench_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "w8a16" in capsys.readouterr().out
 
 
-def test_bench_model(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = tmp_path / "figures.json"
-    options = ["--model", str(tiny_model), "--schemes", "w8a16", "--seconds", "0.01"]
-    options += ["--prefill", "4", "8", "--decode-after", "5", "--json", str(figures)]
-    assert script("bench_model").main(options) == 0
-    rows = json.loads(figures.read_text())["rows"]
-    assert [row["task"] for row in rows] == ["prefill 4", "prefill 8", "decode"]
-    assert all(row["speed_over_float32"] > 0 for row in rows)
-    assert "prefill 8" in capsys.readouterr().out
-
-
 def test_check_cuda_tells_right_from_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,13 +201,23 @@ def test_the_performance_page(
     for name, options in runs.items():
         assert script(f"bench_{name}").main([*options, "--json", str(files[name])]) == 0
     output = tmp_path / "docs" / "performance.md"
-    options = [f"--{name}={path}" for name, path in files.items()]
+    second = tmp_path / "second.json"
+    other = json.loads(files["model"].read_text()) | {"model": "another", "bases": ["float32"]}
+    other["models"].append({**other["models"][-1], "name": "hqq", "packages": {"hqq": "7.8.9"}})
+    other["rows"] += [{**row, "name": "hqq"} for row in other["rows"] if row["name"] == "w8a8"]
+    second.write_text(json.dumps(other))
+    options = [f"--kernels={files['kernels']}", f"--compile={files['compile']}"]
+    options += ["--model", str(files["model"]), str(second)]
     assert script("make_performance_page").main([*options, f"--output={output}"]) == 0
     page = output.read_text()
     for name, path in files.items():
-        assert f"python scripts/bench_{name}.py" in page
+        assert f"python scripts/bench_{name}.py {shlex.join(runs[name])} --json" in page
         for row in json.loads(path.read_text())["rows"]:
             assert f"{row['speed_over_bfloat16']:.2f}" in page
+    assert "**another**" in page and "Peers: hqq 7.8.9." in page
+    for model in other["models"]:
+        share = model["weight_bytes"] / other["models"][1]["weight_bytes"]
+        assert f"| {model['weight_bytes'] / 1e6:.1f} ({share:.2f}) |" in page
     assert "w8a8 compiled" in page
     files["model"].write_text("{")
     assert script("make_performance_page").main([*options, f"--output={output}"]) == 2

@@ -1,0 +1,100 @@
+"""What bench_model.py times: float models and quantized ones, each loaded from its own files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from make_random_checkpoint import parse_arguments, write
+from model_turns import Turns, own_memory, weight_bytes
+from racing import timed
+
+from ptq.config import torch_dtype
+from ptq.report import Console
+
+RANDOM = {
+    "llama-1b": {"layers": 16, "hidden": 2048, "intermediate": 8192, "heads": 32, "kv-heads": 8},
+    "tiny": {"layers": 2, "hidden": 64, "intermediate": 128, "heads": 4, "kv-heads": 2,
+             "vocab": 96, "positions": 64},
+}  # fmt: skip
+"""Shapes of models with random weights: that of Llama 3.2 1B, and one to try a benchmark with."""
+
+
+@dataclass
+class Candidate:
+    """A model that takes turns.
+
+    Args:
+        turn: kind and tokens to seconds, as :class:`Turns`.
+        weight_bytes: of what it holds now, the kernels' own forms included.
+        load_seconds: from files to a model that can run; None where it is not measured.
+        packages: versions of what it needs.
+        more: what else is to be known of it.
+    """
+
+    name: str
+    turn: Callable[[str, int], float]
+    weight_bytes: Callable[[], int]
+    load_seconds: float | None
+    packages: dict[str, str] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """How models are made.
+
+    Args:
+        dtype: of what stays float in the quantized models.
+        head: scheme of the output head, or None.
+        memory: of ``ptq.tune``; None: the rule of thumb.
+        longest: tokens that a turn may take.
+    """
+
+    dtype: str
+    head: str | None
+    memory: float | None
+    longest: int
+
+
+def random_model(name: str, dtype: str, directory: Path) -> None:
+    """Write a float model of random weights, one block at a time."""
+    sizes = [word for key, size in RANDOM[name].items() for word in (f"--{key}", str(size))]
+    write(parse_arguments(["--out", str(directory), "--dtype", dtype, *sizes]))
+
+
+def float_candidate(directory: Path, dtype: str, longest: int) -> Candidate:
+    """The float model in a dtype."""
+    import ptq
+
+    made: list[Any] = []
+    seconds = timed(lambda: made.append(own_memory(ptq.load_float(directory, dtype=dtype)[0])))
+    return _candidate(dtype, made[0], longest, seconds)
+
+
+def quantized_candidate(
+    directory: Path, scheme: str, request: Request, console: Console
+) -> Candidate:
+    """The float model quantized, saved, and loaded from what was saved."""
+    import ptq
+
+    made: list[Any] = []
+    head = [{"layers": "lm_head", "scheme": request.head}] if request.head else []
+    tied = {"tied_embeddings": "untie"} if request.head else {}
+    with TemporaryDirectory() as folder:
+        quantized, _ = ptq.load_float(directory, dtype=request.dtype)
+        ptq.quantize(quantized, {"scheme": scheme, "rules": head, **tied}, console=console)
+        ptq.save(quantized, Path(folder) / "out")
+        del quantized
+        seconds = timed(lambda: made.append(ptq.load(Path(folder) / "out")))
+    candidate = _candidate(scheme, made[0], request.longest, seconds)
+    if request.memory is not None:
+        dtype = torch_dtype(request.dtype)
+        tuning = ptq.tune(made[0], memory=request.memory, dtype=dtype, progress=console.bar("tune"))
+        candidate.more["tuning"] = tuning.to_dict()
+    return candidate
+
+
+def _candidate(name: str, model: Any, longest: int, seconds: float) -> Candidate:
+    return Candidate(name, Turns(model, longest), lambda: weight_bytes(model), seconds)
