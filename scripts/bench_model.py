@@ -52,6 +52,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="of what stays float in the quantized models")  # fmt: skip
     parser.add_argument("--head", metavar="SCHEME",
                         help="quantize the output head too; the peers' as well")  # fmt: skip
+    parser.add_argument("--embeddings", metavar="SCHEME",
+                        help="quantize ptq's embeddings and a head tied to them")  # fmt: skip
     parser.add_argument("--tune", nargs="?", type=float, const=0.6, metavar="MEMORY",
                         help="call ptq.tune first (default of MEMORY: 0.6)")  # fmt: skip
     parser.add_argument("--peers", nargs="+", type=peer_argument, default=[], metavar="NAME=PYTHON",
@@ -90,7 +92,7 @@ def build(
         random_model(options.random, options.dtype, source)
     else:
         ptq.load_float(options.model, dtype=options.dtype)[0].save_pretrained(source)
-    request = Request(options.dtype, options.head, options.tune, longest)
+    request = Request(options.dtype, options.head, options.embeddings, options.tune, longest)
     made = [float_candidate(source, base, longest) for base in options.bases]
     for scheme in options.schemes:
         console.stage(scheme)
@@ -134,7 +136,8 @@ def bench(options: argparse.Namespace, console: Console) -> None:
         document = {
             "model": f"random weights, {options.random}" if options.random else options.model,
             "command": options.command, "bases": options.bases, "head": options.head,
-            "tune": options.tune, "decode_after": options.decode_after,
+            "embeddings": options.embeddings, "tune": options.tune,
+            "decode_after": options.decode_after,
             "environment": environment(), "models": models, "rows": rows,
         }  # fmt: skip
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

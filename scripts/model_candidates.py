@@ -48,14 +48,24 @@ class Request:
     Args:
         dtype: of what stays float in the quantized models.
         head: scheme of the output head, or None.
+        embeddings: scheme of the embeddings and a head that is tied to them, or None.
         memory: of ``ptq.tune``; None: the rule of thumb.
         longest: tokens that a turn may take.
     """
 
     dtype: str
     head: str | None
+    embeddings: str | None
     memory: float | None
     longest: int
+
+    def configuration(self, scheme: str) -> dict[str, Any]:
+        """Of ``ptq.quantize``."""
+        asked: dict[str, Any] = {"scheme": scheme, "embeddings": self.embeddings}
+        if self.head is not None:
+            asked["rules"] = [{"layers": "lm_head", "scheme": self.head}]
+            asked["tied_embeddings"] = "untie"
+        return asked
 
 
 def random_model(name: str, dtype: str, directory: Path) -> None:
@@ -80,11 +90,9 @@ def quantized_candidate(
     import ptq
 
     made: list[Any] = []
-    head = [{"layers": "lm_head", "scheme": request.head}] if request.head else []
-    tied = {"tied_embeddings": "untie"} if request.head else {}
     with TemporaryDirectory() as folder:
         quantized, _ = ptq.load_float(directory, dtype=request.dtype)
-        ptq.quantize(quantized, {"scheme": scheme, "rules": head, **tied}, console=console)
+        ptq.quantize(quantized, request.configuration(scheme), console=console)
         ptq.save(quantized, Path(folder) / "out")
         del quantized
         seconds = timed(lambda: made.append(ptq.load(Path(folder) / "out")))

@@ -70,6 +70,16 @@ def test_random_weights_tuned_with_a_quantized_head(
     assert found["command"].endswith("--bases bfloat16")
 
 
+def test_quantized_embeddings_shared_with_the_head(tmp_path: Path) -> None:
+    arguments = ["--random", "tiny", "--schemes", "w8a16", "--bases", "bfloat16"]
+    float_one, without = run(tmp_path, *arguments)["models"]
+    _, quantized = run(tmp_path, *arguments, "--embeddings", "w8a16")["models"]
+    table = 96 * 64  # of bfloat16 before; int8, a float32 scale a row, and the head's kernel now
+    saved = without["weight_bytes"] - quantized["weight_bytes"]
+    assert table - 96 * (4 + 6) <= saved <= table - 96 * 4
+    assert quantized["weight_bytes"] < float_one["weight_bytes"]
+
+
 def test_a_peer_takes_turns_in_its_own_process(tmp_path: Path) -> None:
     """The float model as a peer, in this environment: it is the model in process, but for noise."""
     peer = f"float={sys.executable}"
