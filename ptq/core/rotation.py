@@ -65,10 +65,13 @@ class Rotation:
     def _matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # Not in 16 bits: such small products are up to 50 times slower on a CPU, and less exact.
         key = (x.device, torch.promote_types(x.dtype, torch.float32))
-        if key not in self._made:
+        made = self._made.get(key)
+        if made is None:
             left, right = hadamard(self.left), hadamard(self.right) * 0.5**self._exponent
-            self._made[key] = (left.to(*key), right.to(*key))
-        return self._made[key]
+            made = (left.to(*key), right.to(*key))
+            if not torch.compiler.is_exporting():  # they would be fake tensors
+                self._made[key] = made
+        return made
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x R`` in the dtype of x."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ptq.config import Scheme
 from ptq.core import QuantizedWeight, Rotation
-from ptq.kernels import Activation, Kernel, LinearSpec, quantize_activation, select
+from ptq.kernels import Activation, Kernel, LinearSpec, Reference, quantize_activation, select
 from ptq.modules.buffers import empty_weight, held_weight, kept_scales, register, share
 from ptq.modules.shared_input import SharedInput
 
@@ -113,6 +113,8 @@ class QuantLinear(nn.Module):
 
     def kernel(self, rows: Tensor) -> Kernel:
         """The kernel for this many rows: the measured choice, or the rule of thumb."""
+        if torch.compiler.is_exporting():  # one graph for any number of rows, of torch's plain ops
+            return Reference()
         key = (rows.device.type, rows.dtype, rows.shape[0])
         if torch.compiler.is_compiling():  # a look-up by the number would fix the number
             return select(self.spec(*key))
@@ -125,6 +127,8 @@ class QuantLinear(nn.Module):
 
     def prepared(self, kernel: Kernel, dtype: torch.dtype) -> Any:
         """The kernel's own form of the weight, made once."""
+        if torch.compiler.is_exporting():  # of fake tensors, and not to be saved as a constant
+            return kernel.prepare(self.quantized_weight, dtype)
         prepared = self._prepared.get((kernel.name, dtype))
         if prepared is None:
             prepared = kernel.prepare(self.quantized_weight, dtype)
