@@ -28,7 +28,7 @@ from pydantic import (
 
 from ptq.core import Granularity
 from ptq.errors import ConfigError
-from ptq.formats import FORMATS, IntFormat
+from ptq.formats import FLOAT8, FORMATS, INTEGERS, Format, IntFormat
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
 DTypeNameOrAuto = Literal["float32", "float16", "bfloat16", "auto"]
@@ -49,6 +49,8 @@ PRESETS = (
     "w4a8-g128",
     "w3a16-g64-asym",
     "w2a16-g32-asym",
+    "fp8",
+    "fp8-a16",
 )
 """Named schemes that are shown in help and errors; any name of the same grammar is accepted."""
 
@@ -56,7 +58,11 @@ _PRESET = re.compile(
     r"w(?P<bits>[2-8])a(?P<abits>16|8)(-g(?P<group>\d+)|(?P<tensor>-tensor))?"
     r"(?P<asym>-asym)?(?P<static>-static)?"
 )
+_FLOATS = {"fp8": {"format": FLOAT8.name}, "fp8-a16": None}
+"""Presets of floating-point weights, with their activations."""
 
+
+_BELOW_EIGHT = {name for name, fmt in INTEGERS.items() if fmt.bits < 8}
 
 S = TypeVar("S", bound="Section")
 
@@ -70,8 +76,8 @@ class Section(BaseModel):
 class WeightScheme(Section):
     """How a weight [N, K] is stored."""
 
-    format: Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8"] = Field(
-        "int8", description="number format of the codes"
+    format: Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8", "float8_e4m3fn"] = (
+        Field("int8", description="number format of the codes")
     )
     symmetric: bool = Field(True, description="zero point fixed at zero")
     granularity: Literal["tensor", "channel", "group"] = Field(
@@ -99,7 +105,7 @@ class WeightScheme(Section):
                 data.setdefault("granularity", "group")
             if data.get("granularity") == "group":
                 data.setdefault("scale_dtype", "float16")
-            if data.get("symmetric", True) is True and data.get("format", "int8") != "int8":
+            if data.get("symmetric", True) is True and data.get("format") in _BELOW_EIGHT:
                 data.setdefault("signed_scale", True)
         return data
 
@@ -112,11 +118,18 @@ class WeightScheme(Section):
             )
         if self.signed_scale and not self.symmetric:
             raise ValueError("signed_scale needs symmetric: true")
+        if self.format not in INTEGERS and (self.signed_scale or not self.symmetric):
+            raise ValueError(f"format {self.format} is symmetric, without signed_scale")
         return self
 
     @property
-    def int_format(self) -> IntFormat:
+    def number_format(self) -> Format:
         return FORMATS[self.format]
+
+    @property
+    def int_format(self) -> IntFormat:
+        """For what works on integers only."""
+        return INTEGERS[self.format]
 
     @property
     def granularity_value(self) -> Granularity:
@@ -128,15 +141,24 @@ class WeightScheme(Section):
 
 
 class ActivationScheme(Section):
-    """How the input of a layer is quantized: int8, per token as it arrives or per tensor."""
+    """How the input of a layer is quantized: int8, per token as it arrives or per tensor; or
+    float8, per token."""
 
-    format: Literal["int8"] = Field("int8", description="number format of the codes")
+    format: Literal["int8", "float8_e4m3fn"] = Field(
+        "int8", description="number format of the codes"
+    )
     mode: Literal["dynamic", "static"] = Field(
         "dynamic",
         description="dynamic: one scale per token, from the token itself; "
         "static: one scale per tensor, from calibration",
     )
     symmetric: bool = Field(True, description="zero point fixed at zero")
+
+    @model_validator(mode="after")
+    def _float_is_dynamic(self) -> Self:
+        if self.format not in INTEGERS and (self.mode == "static" or not self.symmetric):
+            raise ValueError(f"activations in {self.format} are dynamic and symmetric")
+        return self
 
 
 class Scheme(Section):
@@ -150,10 +172,20 @@ class Scheme(Section):
         "recipe's step rotation",
     )
 
+    @model_validator(mode="after")
+    def _one_kind_of_number(self) -> Self:
+        a, w = self.activations, self.weights.format
+        if a is not None and (a.format in INTEGERS) != (w in INTEGERS):
+            raise ValueError(f"{w} weights do not go with {a.format} activations")
+        return self
+
     def __str__(self) -> str:
         w, a = self.weights, self.activations
         kind = {"channel": "", "tensor": "-tensor", "group": f"-g{w.group_size}"}[w.granularity]
-        text = f"w{w.int_format.bits}a{16 if a is None else 8}{kind}"
+        if w.format == FLOAT8.name:
+            text = f"fp8{'-a16' if a is None else ''}{kind}"
+        else:
+            text = f"w{w.number_format.bits}a{16 if a is None else 8}{kind}"
         text += "" if w.symmetric else "-asym"
         if a is not None:
             text += ("-static" if a.mode == "static" else "") + ("" if a.symmetric else "-aasym")
@@ -164,8 +196,12 @@ def preset(name: str) -> Scheme:
     """The scheme that a name such as ``w8a8``, ``w4a16-g64-asym`` or ``w8a8-static`` stands for.
 
     Raises:
-        ValueError: the name does not follow the grammar ``wBaB[-gN|-tensor][-asym][-static]``.
+        ValueError: the name is not ``fp8`` or ``fp8-a16`` and does not follow the grammar
+            ``wBaB[-gN|-tensor][-asym][-static]``.
     """
+    if name in _FLOATS:
+        asked = {"weights": {"format": FLOAT8.name}, "activations": _FLOATS[name]}
+        return Scheme.model_validate(asked)
     match = _PRESET.fullmatch(name)
     if match is None:
         near = difflib.get_close_matches(name.lower(), PRESETS, n=1)
@@ -363,7 +399,7 @@ class QuantizationConfig(Section):
         if value is not None and value.activations is not None:
             raise ValueError(
                 f"{value} has quantized activations, but rows of an embedding are looked up; "
-                f"give a weight-only scheme such as w{value.weights.int_format.bits}a16"
+                f"give a weight-only scheme such as w{value.weights.number_format.bits}a16"
             )
         return value
 

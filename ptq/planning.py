@@ -378,7 +378,7 @@ def _quantized_bytes(info: LayerInfo, scheme: Scheme, dtype: torch.dtype | None)
     weights = scheme.weights
     scales = torch.Size(weights.granularity_value.scale_shape((rows, columns))).numel()
     per_scale = weights.torch_scale_dtype.itemsize + (0 if weights.symmetric else 1)
-    total = rows * packed_width(columns, weights.int_format.bits) + scales * per_scale
+    total = rows * packed_width(columns, weights.number_format.bits) + scales * per_scale
     if scheme.activations is not None and scheme.activations.mode == "static":
         total += 4 if scheme.activations.symmetric else 8
     return total + sum(_tensor_bytes(t, dtype) for t in info.tensors if t.name != "weight")

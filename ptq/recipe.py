@@ -7,6 +7,7 @@ from typing import Any
 from ptq.algorithms import ALGORITHMS, Algorithm, NoOptions
 from ptq.config import Plugin, Scheme
 from ptq.errors import ConfigError
+from ptq.formats import FloatFormat
 from ptq.plugins import check_options, nearest
 from ptq.refine import FINISHES, REFINEMENTS, Finish, Refinement
 from ptq.transforms import TRANSFORMS, Transform
@@ -43,8 +44,10 @@ class Recipe:
 
 def auto_steps(scheme: Scheme) -> list[Plugin]:
     """The steps that measured best for schemes of this kind: docs/accuracy.md has the figures."""
-    bits = scheme.weights.int_format.bits
-    if bits == 8:
+    fmt = scheme.weights.number_format
+    if isinstance(fmt, FloatFormat):
+        return _plugins("rtn")
+    if fmt.bits == 8:
         return _plugins("rtn") if scheme.activations is None else _plugins("rotation", "gptq")
     return _plugins("gptaq", "learned_rounding", "distill")
 
@@ -98,6 +101,10 @@ def make_recipe(steps: Sequence[Plugin], scheme: Scheme) -> Recipe:
         names = " and ".join(step.name for step in chosen["algorithm"])
         raise ConfigError(f"recipe: {names} are both algorithms; a recipe has one")
     step = (chosen["algorithm"] or [Plugin(name="rtn")])[0]
+    if step.name == "hqq" and isinstance(scheme.weights.number_format, FloatFormat):
+        raise ConfigError(
+            f"recipe: hqq is for integer codes, not for scheme {scheme}: leave it out"
+        )
     algorithm = ALGORITHMS[step.name]
     return Recipe(
         tuple(

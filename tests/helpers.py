@@ -51,7 +51,7 @@ def tiny_tokens(rows: int = 2, length: int = 7) -> torch.Tensor:
 def quant_linear(linear: nn.Linear, scheme: Scheme) -> QuantLinear:
     """Round to nearest over the range of each part; a made-up static input scale if needed."""
     w, a = scheme.weights, scheme.activations
-    weight, gran, fmt = linear.weight.detach(), w.granularity_value, w.int_format
+    weight, gran, fmt = linear.weight.detach(), w.granularity_value, w.number_format
     parts = gran.split(weight.float())
     qparams = choose_qparams(
         parts.amin(-1),

@@ -105,7 +105,7 @@ def _qparams(low: Tensor, high: Tensor, scheme: WeightScheme) -> QParams:
     return choose_qparams(
         low,
         high,
-        scheme.int_format,
+        scheme.number_format,
         symmetric=scheme.symmetric,
         signed_scale=scheme.signed_scale,
         scale_dtype=scheme.torch_scale_dtype,
@@ -115,10 +115,14 @@ def _qparams(low: Tensor, high: Tensor, scheme: WeightScheme) -> QParams:
 
 def _error(parts: Tensor, qparams: QParams, scheme: WeightScheme, factor: Tensor | None) -> Tensor:
     """Squared error of each part: [scale rows, scale columns]."""
-    fmt, scale = scheme.int_format, qparams.scale.float().unsqueeze(-1)
-    zero_point = 0 if qparams.zero_point is None else qparams.zero_point.float().unsqueeze(-1)
-    codes = (parts / scale).round_().add_(zero_point).clamp_(fmt.qmin, fmt.qmax)
-    error = codes.sub_(zero_point).mul_(scale).sub_(parts).square_()
+    fmt, scale = scheme.number_format, qparams.scale.float().unsqueeze(-1)
+    steps = parts / scale
+    if qparams.zero_point is None:
+        steps = fmt.nearest(steps)
+    else:
+        zero_point = qparams.zero_point.float().unsqueeze(-1)
+        steps = fmt.nearest(steps.round_().add_(zero_point)).sub_(zero_point)
+    error = steps.mul_(scale).sub_(parts).square_()
     return (error if factor is None else error.mul_(factor)).sum(-1)
 
 

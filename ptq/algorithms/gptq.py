@@ -21,6 +21,7 @@ from ptq.algorithms.hessian import factorize, order_of, output_error
 from ptq.algorithms.rtn import nearest_codes, round_to_nearest
 from ptq.config import WeightScheme
 from ptq.core import QuantizedWeight
+from ptq.formats import IntFormat
 
 
 class GptqOptions(ClipOptions):
@@ -50,6 +51,9 @@ def gptq(
     moments cannot be used.
     """
     plain = round_to_nearest(weight, scheme)
+    if not isinstance(scheme.number_format, IntFormat):
+        note = f"{scheme.format} codes have no even steps: rounded to nearest"
+        return Outcome(plain, (note,))
     if moments is None or moments.rows == 0:
         return Outcome(plain, ("no calibration row reaches it: rounded to nearest",))
     second = moments.second.float()

@@ -18,6 +18,8 @@ from ptq.algorithms.clip import better_of, by_rows, nearest_scale, range_qparams
 from ptq.algorithms.rtn import nearest_codes
 from ptq.config import WeightScheme
 from ptq.core import QParams
+from ptq.errors import UnsupportedError
+from ptq.formats import IntFormat
 
 
 class HqqOptions(BaseModel):
@@ -33,8 +35,14 @@ class HqqOptions(BaseModel):
 def hqq(
     weight: Tensor, scheme: WeightScheme, _: InputMoments | None, options: HqqOptions
 ) -> Outcome:
-    """Quantize a weight [N, K]; each part has, in the p-norm, at most round-to-nearest's error."""
+    """Quantize a weight [N, K]; each part has, in the p-norm, at most round-to-nearest's error.
+
+    Raises:
+        UnsupportedError: the codes are no integers.
+    """
     weight = weight.detach()
+    if not isinstance(scheme.number_format, IntFormat):
+        raise UnsupportedError(f"{scheme.format} codes are not for hqq: leave it out of the recipe")
     qparams = by_rows(weight, scheme, lambda rows: _solve(rows, scheme, options))
     return Outcome(nearest_codes(weight, scheme, qparams))
 

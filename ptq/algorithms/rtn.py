@@ -45,7 +45,7 @@ def nearest_codes(weight: Tensor, scheme: WeightScheme, qparams: QParams) -> Qua
 
     Works through the rows in pieces, so that the float32 copies stay small.
     """
-    fmt, granularity = scheme.int_format, scheme.granularity_value
+    fmt, granularity = scheme.number_format, scheme.granularity_value
     shape = (weight.shape[0], weight.shape[1])
     step = max(1, _AT_ONCE // shape[1])
     packed = []

@@ -1,6 +1,7 @@
 """The affine mapping between real numbers and integer codes.
 
-``q = clamp(round(x / S) + Z, qmin, qmax)`` and ``x' = (q - Z) * S``
+``q = clamp(round(x / S) + Z, qmin, qmax)`` and ``x' = (q - Z) * S``; a floating-point code is the
+nearest one to ``x / S``
 (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference", section 2.1; rounding is half to even).
 """
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ptq.core.granularity import Granularity
 from ptq.errors import UnsupportedError
-from ptq.formats import IntFormat
+from ptq.formats import Format, IntFormat
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class QParams:
 def choose_qparams(
     low: Tensor,
     high: Tensor,
-    fmt: IntFormat,
+    fmt: Format,
     *,
     symmetric: bool,
     signed_scale: bool = False,
@@ -40,6 +41,8 @@ def choose_qparams(
     - Symmetric with a signed scale: S is negative where ``high > -low``, so that the end of larger
       magnitude is the code -2^(b-1), exactly: int4 takes that magnitude / 8 (or the other end's
       / 7.5, if that is more). This is how llama.cpp's Q4_0 chooses its scale.
+    - Floating-point codes (symmetric only): the larger end is the largest code; the bound is half a
+      unit in the last place instead.
     - Asymmetric: the range is first widened to contain zero, which is then exactly representable.
 
     Where low = high = 0 the scale is one. The magnitude of the scale is rounded *up* in
@@ -55,6 +58,7 @@ def choose_qparams(
     """
     low = low.double().clamp(max=0)
     high = high.double().clamp(min=0)
+    assert isinstance(fmt, IntFormat) or (symmetric and not signed_scale)
     if not symmetric:
         scale = _round_up((high - low) / (fmt.qmax - fmt.qmin), scale_dtype, power_of_two)
         zero_point = (fmt.qmin - low / scale.double()).round().clamp(fmt.qmin, fmt.qmax)
@@ -64,8 +68,8 @@ def choose_qparams(
         exact = torch.maximum(larger / -fmt.qmin, smaller / (fmt.qmax + 0.5))
         scale = _round_up(exact, scale_dtype, power_of_two)
         return QParams(torch.where(high > -low, -scale, scale), None)
-    below = -low / (0.5 - fmt.qmin if not fmt.signed else fmt.qmax + 0.5)
-    exact = torch.maximum(high / (fmt.qmax + 0.5), below)
+    below, above = fmt.reach
+    exact = torch.maximum(high / above, -low / below)
     return QParams(_round_up(exact, scale_dtype, power_of_two), None)
 
 
@@ -98,7 +102,7 @@ def quantize(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
-    fmt: IntFormat,
+    fmt: Format,
     granularity: Granularity,
 ) -> Tensor:
     """Codes of x.
@@ -112,10 +116,10 @@ def quantize(
         [R, C] in ``fmt.dtype``.
     """
     parts = granularity.split(x.float()) / scale.float().unsqueeze(-1)
-    parts = parts.round_()
     if zero_point is not None:
+        parts = parts.round_()
         parts += zero_point.float().unsqueeze(-1)
-    return parts.clamp_(fmt.qmin, fmt.qmax).to(fmt.dtype).reshape(x.shape)
+    return fmt.nearest(parts).to(fmt.dtype).reshape(x.shape)
 
 
 def dequantize(

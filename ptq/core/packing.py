@@ -3,13 +3,14 @@
 The layout is little-endian along the last dimension: code j occupies the bits j*k to j*k + k - 1
 of the row, counted from the low end of the first byte. For 4 bits this is the usual nibble order,
 even columns in the low half. Signed codes are stored with the offset 2^(k-1), so the stored
-value is never negative. 8-bit codes are not packed: they are stored as they are.
+value is never negative. 8-bit codes are not packed: they are stored as they are, floating-point
+ones as int8 bytes.
 """
 
 import torch
 from torch import Tensor
 
-from ptq.formats import IntFormat
+from ptq.formats import FloatFormat, Format, IntFormat
 
 _ROWS_AT_ONCE = 1 << 22  # codes that are widened to int64 at a time
 
@@ -19,8 +20,10 @@ def packed_width(columns: int, bits: int) -> int:
     return -(-columns * bits // 8)
 
 
-def pack(codes: Tensor, fmt: IntFormat) -> Tensor:
+def pack(codes: Tensor, fmt: Format) -> Tensor:
     """Codes [R, C] in ``fmt.dtype`` to bytes [R, packed_width(C)] (uint8; 8 bits: unchanged)."""
+    if isinstance(fmt, FloatFormat):
+        return codes.view(torch.int8)
     if fmt.bits == 8:
         return codes
     if 8 % fmt.bits == 0:
@@ -28,8 +31,10 @@ def pack(codes: Tensor, fmt: IntFormat) -> Tensor:
     return _by_rows(codes, packed_width(codes.shape[1], fmt.bits), torch.uint8, fmt, _pack_words)
 
 
-def unpack(packed: Tensor, columns: int, fmt: IntFormat) -> Tensor:
+def unpack(packed: Tensor, columns: int, fmt: Format) -> Tensor:
     """The inverse of :func:`pack`: codes [R, columns] in ``fmt.dtype``."""
+    if isinstance(fmt, FloatFormat):
+        return packed.view(fmt.dtype)
     if fmt.bits == 8:
         return packed
     if 8 % fmt.bits == 0:

@@ -8,18 +8,18 @@ from torch import Tensor
 from ptq.core.affine import dequantize
 from ptq.core.granularity import Granularity
 from ptq.core.packing import pack, packed_width, unpack
-from ptq.formats import IntFormat
+from ptq.formats import Format, IntFormat
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Integer codes of a weight [N, K] with what is needed to read them.
+    """Codes of a weight [N, K] with what is needed to read them.
 
     Args:
-        packed: int8 [N, K] for 8-bit formats, else uint8 [N, ceil(K * bits / 8)];
-            the layout is that of :mod:`ptq.core.packing`.
+        packed: int8 [N, K] for 8-bit formats (the bytes of floating-point ones), else uint8
+            [N, ceil(K * bits / 8)]; the layout is that of :mod:`ptq.core.packing`.
         scale: [N or 1, groups or 1], float32, float16 or bfloat16.
         zero_point: int8, shaped like ``scale``; None for a symmetric scheme.
         shape: (N, K).
@@ -33,7 +33,7 @@ class QuantizedWeight:
     packed: Tensor
     scale: Tensor
     zero_point: Tensor | None
-    format: IntFormat
+    format: Format
     granularity: Granularity
     shape: tuple[int, int]
     input_scale: Tensor | None = None
@@ -52,6 +52,8 @@ class QuantizedWeight:
         _check("scale", self.scale, scale_shape, SCALE_DTYPES)
         if not self.format.signed:
             raise ValueError(f"weights have signed codes, not {self.format.name}")
+        if self.zero_point is not None and not isinstance(self.format, IntFormat):
+            raise ValueError(f"{self.format.name} codes have no zero point")
         if self.zero_point is not None:
             _check("zero_point", self.zero_point, scale_shape, (torch.int8,))
         if self.input_scale is not None:
@@ -65,16 +67,16 @@ class QuantizedWeight:
         codes: Tensor,
         scale: Tensor,
         zero_point: Tensor | None,
-        fmt: IntFormat,
+        fmt: Format,
         granularity: Granularity,
     ) -> "QuantizedWeight":
-        """Pack codes [N, K] (int8) and hold them."""
+        """Pack codes [N, K] in ``fmt.dtype`` and hold them."""
         shape = (codes.shape[0], codes.shape[1])
         return cls(pack(codes, fmt), scale, zero_point, fmt, granularity, shape)
 
     @property
     def codes(self) -> Tensor:
-        """The unpacked codes: int8 [N, K]."""
+        """The unpacked codes [N, K] in ``format.dtype``: int8 but for floating-point formats."""
         return unpack(self.packed, self.shape[1], self.format)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,16 @@ class IntFormat:
     @property
     def qmax(self) -> int:
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The largest magnitudes below and above zero that a symmetric scale is chosen for: what
+        is within half a step of an end has its code."""
+        return self.qmax + 0.5 if self.signed else 0.5, self.qmax + 0.5
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The codes next to these values, in the values' own dtype; changed in place."""
+        return values.round_().clamp_(self.qmin, self.qmax)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,6 +7,7 @@ from ptq.kernels.cpu_int_mm import IntMM
 from ptq.kernels.cpu_onednn import OneDnn
 from ptq.kernels.cpu_two_digit import TwoDigit
 from ptq.kernels.cuda import CudaInt4, CudaInt8Pack, CudaIntMM
+from ptq.kernels.cuda_fp8 import CudaFloat8
 from ptq.kernels.dequantize import DequantizeBlocks
 from ptq.kernels.reference import Reference
 from ptq.kernels.resident import Resident
@@ -16,6 +17,7 @@ from ptq.kernels.spec import Kernel, LinearSpec
 __all__ = [
     "KERNELS",
     "Activation",
+    "CudaFloat8",
     "CudaInt4",
     "CudaInt8Pack",
     "CudaIntMM",

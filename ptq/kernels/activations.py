@@ -1,4 +1,4 @@
-"""Activations on their way into a kernel: float, or quantized to int8."""
+"""Activations on their way into a kernel: float, or quantized to int8 or float8."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ptq.config import ActivationScheme
+from ptq.formats import FORMATS, FloatFormat
 
 _SMALLEST = torch.finfo(torch.float32).smallest_normal  # a scale
 
@@ -15,7 +16,8 @@ class Activation:
     """x [M, K], float (``scale`` is None) or codes: ``x = (values - zero_point) * scale``.
 
     Args:
-        values: floating point, or codes: int8 for integer kernels, else whole numbers in float.
+        values: floating point, or codes: in the format's dtype for kernels that multiply codes,
+            else in a wider float dtype.
         scale: float32 [M, 1] (per token) or [1, 1] (per tensor).
         zero_point: int32, shaped like scale; None for zero.
     """
@@ -45,7 +47,7 @@ def quantize_activation(
     scheme: ActivationScheme | None,
     input_scale: Tensor | None = None,
     input_zero_point: Tensor | None = None,
-    dtype: torch.dtype = torch.int8,
+    dtype: torch.dtype | None = None,
 ) -> Activation:
     """Quantize x [M, K] as the scheme says.
 
@@ -53,12 +55,20 @@ def quantize_activation(
     zero point, so every element is within half a step. Static: the given scalar scale and zero
     point; what lies outside saturates, and NaN becomes some code (a dynamic scale keeps it).
 
+    float8: one scale per row, ``max|x| / 448``.
+
     Args:
-        dtype: of the codes; a float dtype where a float kernel would convert them back.
+        dtype: of the codes (default: the format's own); a wider float dtype where a float kernel
+            would convert them back.
     """
     if scheme is None:
         return Activation(x)
+    fmt = FORMATS[scheme.format]
+    dtype = dtype or fmt.dtype
     values = x.float()
+    if isinstance(fmt, FloatFormat):
+        scale = values.abs().amax(dim=-1, keepdim=True).div_(fmt.qmax).clamp_(min=_SMALLEST)
+        return Activation(fmt.nearest(torch.div(values, scale)).to(dtype), scale)
     if scheme.mode == "static":
         assert input_scale is not None
         zero_point = None if input_zero_point is None else input_zero_point.reshape(1, 1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ptq.core import QuantizedWeight
+from ptq.formats import IntFormat
 from ptq.kernels.activations import Activation
 from ptq.kernels.spec import LinearSpec
 
@@ -58,6 +59,8 @@ def integer_reason(spec: LinearSpec) -> str | None:
     """Why a spec cannot be computed as one integer product."""
     if spec.activations is None:
         return "activations are float"
+    if not isinstance(spec.format, IntFormat):
+        return f"{spec.format.name} codes are no integers"
     if spec.granularity.kind == "group":
         return f"scales per {spec.granularity} group cannot leave the sum"
     if spec.k > max_columns(spec):

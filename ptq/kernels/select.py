@@ -9,6 +9,7 @@ from ptq.kernels.cpu_int_mm import IntMM
 from ptq.kernels.cpu_onednn import OneDnn
 from ptq.kernels.cpu_two_digit import TwoDigit
 from ptq.kernels.cuda import CudaInt4, CudaInt8Pack, CudaIntMM
+from ptq.kernels.cuda_fp8 import CudaFloat8
 from ptq.kernels.dequantize import DequantizeBlocks
 from ptq.kernels.reference import Reference
 from ptq.kernels.resident import Resident
@@ -23,6 +24,7 @@ KERNELS: tuple[Kernel, ...] = (
     CudaIntMM(),
     CudaInt8Pack(),
     CudaInt4(),
+    CudaFloat8(),
     Resident(),
     DequantizeBlocks(),
     Reference(),

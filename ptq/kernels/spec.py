@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ptq.config import ActivationScheme
 from ptq.core import Granularity, QuantizedWeight
-from ptq.formats import IntFormat
+from ptq.formats import Format
 from ptq.kernels.activations import Activation
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,7 +28,7 @@ class LinearSpec:
 
     device: str
     dtype: torch.dtype
-    format: IntFormat
+    format: Format
     granularity: Granularity
     symmetric: bool
     activations: ActivationScheme | None
@@ -78,7 +78,7 @@ def floats_reason(spec: LinearSpec) -> str | None:
 
 def int8_reason(spec: LinearSpec) -> str | None:
     """Why the weight does not fit an op over plain int8 codes with a scale for each row."""
-    if spec.format.bits != 8 or spec.granularity.kind == "group" or not spec.symmetric:
+    if spec.format.name != "int8" or spec.granularity.kind == "group" or not spec.symmetric:
         return "for symmetric int8 codes with per-channel or per-tensor scales"
     return None
 
@@ -105,7 +105,8 @@ class Kernel(Protocol):
 
     @property
     def integer(self) -> bool:
-        """Whether ``linear`` wants quantized activations as int8 (else as float codes)."""
+        """Whether ``linear`` wants quantized activations as codes in their format's dtype, int8 or
+        float8 (else as the same codes in a wider float dtype)."""
         ...
 
     def supports(self, spec: LinearSpec) -> str | None:

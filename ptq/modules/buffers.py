@@ -49,7 +49,7 @@ def weight_of(
         codes,
         scale,
         zero_point,
-        weights.int_format,
+        weights.number_format,
         weights.granularity_value,
         shape,
         input_scale,
@@ -59,7 +59,7 @@ def weight_of(
 
 def empty_weight(rows: int, columns: int, scheme: Scheme) -> QuantizedWeight:
     """A weight of the right shapes and dtypes on the meta device, to be loaded into."""
-    fmt, gran = scheme.weights.int_format, scheme.weights.granularity_value
+    fmt, gran = scheme.weights.number_format, scheme.weights.granularity_value
     scale_shape = gran.scale_shape((rows, columns))
     activations = scheme.activations
     static = activations is not None and activations.mode == "static"

@@ -92,21 +92,22 @@ class QuantLinear(nn.Module):
         rows = x.detach().reshape(-1, self.in_features)
         kernel = kernel or self.kernel(rows)
         prepared = self.prepared(kernel, rows.dtype)
-        codes = torch.int8 if kernel.integer else _float_codes(x.dtype)
+        codes = None if kernel.integer else _float_codes(x.dtype)
         y = kernel.linear(self._activation(x, rows, codes), prepared, x.dtype)
         if self.bias is not None:
             y = y.add_(self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _activation(self, x: Tensor, rows: Tensor, codes: torch.dtype) -> Activation:
-        """x as the kernel wants it: float, or codes of a dtype, which siblings may have made."""
+    def _activation(self, x: Tensor, rows: Tensor, codes: torch.dtype | None) -> Activation:
+        """x as the kernel wants it: float, or codes of a dtype (None: the format's own), which
+        siblings may have made."""
         scheme = self.scheme.activations
         if scheme is None and self.rotation is None:
             return Activation(rows)
         make = partial(self._new_activation, rows, codes)
         return make() if self.shared_input is None else self.shared_input.get(x, codes, make)
 
-    def _new_activation(self, rows: Tensor, codes: torch.dtype) -> Activation:
+    def _new_activation(self, rows: Tensor, codes: torch.dtype | None) -> Activation:
         rotated = rows if self.rotation is None else self.rotation(rows)
         scheme = self.scheme.activations
         return quantize_activation(rotated, scheme, self.input_scale, self.input_zero_point, codes)
@@ -175,5 +176,5 @@ class QuantLinear(nn.Module):
 
 
 def _float_codes(dtype: torch.dtype) -> torch.dtype:
-    """A dtype that holds -128..127 exactly and that the float kernels take as it is."""
+    """A dtype that holds all codes exactly and that the float kernels take as it is."""
     return torch.float32 if dtype == torch.float16 else dtype

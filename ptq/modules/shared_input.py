@@ -38,7 +38,9 @@ class SharedInput:
         self.readers = readers
         self._latest: _Latest | None = None
 
-    def get(self, x: Tensor, codes: torch.dtype, make: Callable[[], Activation]) -> Activation:
+    def get(
+        self, x: Tensor, codes: torch.dtype | None, make: Callable[[], Activation]
+    ) -> Activation:
         """The activation of x with codes of a dtype: the remembered one, or a new one."""
         if torch.compiler.is_compiling() or x.is_inference():
             return make()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ptq.config import ActivationScheme
 from ptq.errors import ConfigError
-from ptq.formats import FORMATS
+from ptq.formats import INTEGERS
 from ptq.observers.histogram import Histogram
 
 _SMOOTHING = 1e-6  # share of the quantized distribution that is spread over all bins
@@ -47,7 +47,7 @@ class Entropy:
                 "use mse, percentile or minmax"
             )
         self.grid = options.grid
-        fmt = FORMATS[scheme.format]
+        fmt = INTEGERS[scheme.format]
         self.codes, self.symmetric = fmt.qmax - fmt.qmin + 1, scheme.symmetric
         self.histogram = Histogram(None)
 

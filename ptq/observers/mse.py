@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ptq.config import ActivationScheme
 from ptq.core import choose_qparams
-from ptq.formats import FORMATS
+from ptq.formats import INTEGERS
 from ptq.observers.histogram import Histogram
 
 _NARROWEST = 16  # bins (of B); a narrower range would be a guess at what lies inside the bins
@@ -46,7 +46,7 @@ class MSE:
 
     def __init__(self, channels: int | None, options: MSEOptions, scheme: ActivationScheme) -> None:
         self.grid, self.norm = options.grid, options.norm
-        self.symmetric, self.format = scheme.symmetric, FORMATS[scheme.format]
+        self.symmetric, self.format = scheme.symmetric, INTEGERS[scheme.format]
         self.histogram = Histogram(channels)
 
     def update(self, rows: Tensor) -> None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ptq.core import pack
+from ptq.formats import IntFormat
 from ptq.refine.base import BlockJob, LayerState, learning, quantized_inputs
 from ptq.refine.loss import block_error, block_loss
 
@@ -120,10 +121,13 @@ def learn_rounding(job: BlockJob, options: LearnedRoundingOptions) -> list[str]:
     The rounding that gave the least error on a fixed set of sequences is kept, the first one
     included, so the block gets no worse on them.
     """
-    learned = [_Learned.of(state) for state in job.layers.values()]
+    states = [s for s in job.layers.values() if isinstance(s.weight.format, IntFormat)]
+    if not states:
+        return ["learned rounding: no layer has integer codes, left as it was"]
+    learned = [_Learned.of(state) for state in states]
     generator = torch.Generator().manual_seed(job.seed)
     count = len(job.targets)
-    weights = [state.linear.weight for state in job.layers.values()]
+    weights = [state.linear.weight for state in states]
     with learning(job.block, weights), quantized_inputs(job.layers), torch.enable_grad():
         before, after, kept = _descend(job, learned, options, generator, count)
     for one, best in zip(learned, kept, strict=True):

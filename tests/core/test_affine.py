@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ptq.core import Granularity, choose_qparams, dequantize, quantize
-from ptq.formats import FORMATS, IntFormat
+from ptq.formats import INTEGERS, IntFormat
 
 CHANNEL = Granularity("channel")
 TENSOR = Granularity("tensor")
-INT8, UINT8, INT4 = FORMATS["int8"], FORMATS["uint8"], FORMATS["int4"]
+INT8, UINT8, INT4 = INTEGERS["int8"], INTEGERS["uint8"], INTEGERS["int4"]
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 magnitudes = st.floats(2.0**-10, 2.0**10, width=32)
 
@@ -32,7 +32,7 @@ def by_definition(x: float, scale: float, zero: int, fmt: IntFormat) -> int:
     values=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=20),
     exponent=st.integers(-6, 3),
     zero=st.integers(-128, 127),
-    fmt=st.sampled_from(list(FORMATS.values())),
+    fmt=st.sampled_from(list(INTEGERS.values())),
 )
 def test_codes_are_those_of_the_definition(
     values: list[float], exponent: int, zero: int, fmt: IntFormat
@@ -54,7 +54,7 @@ def test_codes_are_those_of_the_definition(
     a=magnitudes,
     b=magnitudes,
     signs=st.sampled_from([(-1, 1), (1, 1), (-1, -1)]),
-    fmt=st.sampled_from(list(FORMATS.values())),
+    fmt=st.sampled_from(list(INTEGERS.values())),
     kind=st.sampled_from(["symmetric", "signed", "asymmetric"]),
     dtype=st.sampled_from(SCALE_DTYPES),
     power_of_two=st.booleans(),
@@ -97,7 +97,7 @@ def test_every_value_in_the_range_is_within_half_a_step(
 @given(
     low=st.floats(-100, 100, width=32),
     high=st.floats(-100, 100, width=32),
-    fmt=st.sampled_from(list(FORMATS.values())),
+    fmt=st.sampled_from(list(INTEGERS.values())),
     symmetric=st.booleans(),
 )
 def test_zero_is_exact(low: float, high: float, fmt: IntFormat, symmetric: bool) -> None:

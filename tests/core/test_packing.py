@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ptq.core import pack, packed_width, unpack
 from ptq.core import packing as packing_module
-from ptq.formats import FORMATS, IntFormat
+from ptq.formats import INTEGERS, IntFormat
 
-formats = st.sampled_from(list(FORMATS.values()))
+formats = st.sampled_from(list(INTEGERS.values()))
 
 
 def codes(rows: int, columns: int, fmt: IntFormat, seed: int = 0) -> Tensor:
@@ -48,11 +48,11 @@ def test_layout_is_a_little_endian_bit_stream(columns: int, fmt: IntFormat, seed
 
 def test_nibbles_by_hand() -> None:
     x = torch.tensor([[-8, 7, 0]], dtype=torch.int8)
-    assert pack(x, FORMATS["int4"]).tolist() == [[0xF0, 0x08]]
+    assert pack(x, INTEGERS["int4"]).tolist() == [[0xF0, 0x08]]
 
 
 def test_rows_in_pieces_are_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    fmt = FORMATS["int3"]
+    fmt = INTEGERS["int3"]
     x = codes(50, 33, fmt)
     whole = pack(x, fmt)
     monkeypatch.setattr(packing_module, "_ROWS_AT_ONCE", 100)
@@ -61,6 +61,6 @@ def test_rows_in_pieces_are_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_eight_bits_are_not_copied() -> None:
-    x = codes(3, 5, FORMATS["int8"])
-    assert pack(x, FORMATS["int8"]) is x
-    assert unpack(x, 5, FORMATS["int8"]) is x
+    x = codes(3, 5, INTEGERS["int8"])
+    assert pack(x, INTEGERS["int8"]) is x
+    assert unpack(x, 5, INTEGERS["int8"]) is x

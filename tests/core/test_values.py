@@ -5,16 +5,16 @@ import torch
 
 from ptq.core import Granularity, QuantizedWeight, is_finite
 from ptq.errors import ConfigError
-from ptq.formats import FORMATS, IntFormat
+from ptq.formats import INTEGERS, IntFormat
 
 
 def test_format_ranges_are_those_of_torch() -> None:
     for name, dtype in (("int8", torch.int8), ("uint8", torch.uint8)):
         info = torch.iinfo(dtype)
-        assert (FORMATS[name].qmin, FORMATS[name].qmax) == (info.min, info.max)
-    assert {(f.qmin, f.qmax) for f in FORMATS.values() if f.bits == 4} == {(-8, 7), (0, 15)}
-    assert len(FORMATS) == 14
-    assert all(fmt.qmax - fmt.qmin == 2**fmt.bits - 1 for fmt in FORMATS.values())
+        assert (INTEGERS[name].qmin, INTEGERS[name].qmax) == (info.min, info.max)
+    assert {(f.qmin, f.qmax) for f in INTEGERS.values() if f.bits == 4} == {(-8, 7), (0, 15)}
+    assert len(INTEGERS) == 14
+    assert all(fmt.qmax - fmt.qmin == 2**fmt.bits - 1 for fmt in INTEGERS.values())
 
 
 @pytest.mark.parametrize("bits", [1, 9])
@@ -59,7 +59,7 @@ def weight(**changes: object) -> QuantizedWeight:
         "packed": torch.zeros(8, 16, dtype=torch.uint8),
         "scale": torch.ones(8, 2),
         "zero_point": None,
-        "format": FORMATS["int4"],
+        "format": INTEGERS["int4"],
         "granularity": Granularity("group", 16),
         "shape": (8, 32),
     }
@@ -85,7 +85,7 @@ def test_a_sound_weight() -> None:
         {"scale": torch.ones(8, 2, dtype=torch.float64)},
         {"zero_point": torch.zeros(8, 1, dtype=torch.int8)},
         {"zero_point": torch.zeros(8, 2)},
-        {"format": FORMATS["uint4"]},
+        {"format": INTEGERS["uint4"]},
         {"input_scale": torch.ones(1)},
         {"input_zero_point": torch.tensor(1.0)},
     ],

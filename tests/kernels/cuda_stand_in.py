@@ -1,7 +1,8 @@
 """CUDA ops of torch on a machine without a GPU: the documented contract enforced, then computed.
 
 The contracts are those of torch 2.13's CUDA implementations (aten/src/ATen/native/cuda: Blas.cpp
-for _int_mm, int4mm.cu for the tinygemm ops, int8mm.cu). A call outside them raises, as on a GPU.
+for _int_mm, int4mm.cu for the tinygemm ops, int8mm.cu, ScaledBlas.cpp for _scaled_mm). A call
+outside them raises, as on a GPU.
 """
 
 from dataclasses import dataclass
@@ -18,8 +19,21 @@ class Tiles:
     inner_k_tiles: int
 
 
+@dataclass(frozen=True)
+class Device:
+    """Stands in for ``torch.cuda``."""
+
+    capability: tuple[int, int]
+
+    def get_device_capability(self) -> tuple[int, int]:
+        return self.capability
+
+
 class CudaOps:
     """Stands in for ``torch`` in the CUDA kernels."""
+
+    def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
+        self.cuda = Device(capability)
 
     def _int_mm(self, a: Tensor, b: Tensor) -> Tensor:
         assert a.dtype == b.dtype == torch.int8
@@ -54,3 +68,18 @@ class CudaOps:
         assert weight.dtype == torch.int8 and weight.is_contiguous()
         assert scale.dim() == 1 and scale.shape[0] == weight.shape[0]
         return ((x.float() @ weight.t().float()) * scale.float()).to(x.dtype)
+
+    def _scaled_mm(
+        self, a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype
+    ) -> Tensor:
+        assert self.cuda.capability >= (8, 9), "float8 needs a compute capability of 8.9"
+        assert a.dtype == b.dtype == torch.float8_e4m3fn
+        assert a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0]
+        assert a.is_contiguous(), "mat1 must be row_major"
+        assert b.t().is_contiguous(), "mat2 must be col_major"
+        assert a.shape[1] % 16 == 0 and b.shape[1] % 16 == 0
+        assert scale_a.shape == (a.shape[0], 1) and scale_b.shape == (1, b.shape[1])
+        assert scale_a.dtype == scale_b.dtype == torch.float32
+        assert scale_a.is_contiguous() and scale_b.is_contiguous()
+        assert out_dtype == torch.bfloat16, "row-wise scaling gives bfloat16"
+        return ((a.double() @ b.double()) * scale_a * scale_b).to(out_dtype)

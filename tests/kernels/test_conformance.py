@@ -14,6 +14,7 @@ from ptq.errors import UnsupportedError
 from ptq.kernels import (
     KERNELS,
     Activation,
+    CudaFloat8,
     CudaInt4,
     CudaInt8Pack,
     CudaIntMM,
@@ -29,7 +30,7 @@ from ptq.kernels.cpu_two_digit import two_digits
 from tests.kernels.cuda_stand_in import CudaOps
 
 CPU_KERNELS = [k for k in KERNELS if not k.name.startswith("cuda")]
-CUDA_KERNELS = [CudaIntMM(ops=CudaOps()), CudaInt8Pack(ops=CudaOps()), CudaInt4(ops=CudaOps())]
+CUDA_KERNELS = [made(ops=CudaOps()) for made in (CudaIntMM, CudaInt8Pack, CudaInt4, CudaFloat8)]
 ROWS = (1, 2, 7, 16, 17, 33, 130)
 SHAPES = ((48, 128), (33, 256), (17, 48), (5, 40), (64, 24))
 WEIGHTS = (
@@ -47,6 +48,9 @@ WEIGHTS = (
     {"format": "int2", "group_size": 8},
     {"format": "int5"},
     {"format": "int6", "group_size": 8, "symmetric": False},
+    {"format": "float8_e4m3fn"},
+    {"format": "float8_e4m3fn", "granularity": "tensor"},
+    {"format": "float8_e4m3fn", "group_size": 16, "scale_dtype": "bfloat16"},
 )
 ACTIVATIONS = (
     None,
@@ -54,7 +58,17 @@ ACTIVATIONS = (
     {"mode": "dynamic", "symmetric": False},
     {"mode": "static"},
     {"mode": "static", "symmetric": False},
+    {"format": "float8_e4m3fn"},
 )
+
+
+def make_scheme(weights: dict, activations: dict | None) -> Scheme | None:
+    """None where the weights do not go with the activations."""
+    if activations is not None:
+        kinds = {"float8" in part.get("format", "int8") for part in (weights, activations)}
+        if len(kinds) > 1:
+            return None
+    return Scheme.model_validate({"weights": weights, "activations": activations})
 
 
 def make_weight(n: int, k: int, scheme: Scheme) -> QuantizedWeight | None:
@@ -100,8 +114,8 @@ def test_equals_the_reference_where_it_claims_to(
 ) -> None:
     device = "cuda" if kernel.name.startswith("cuda") else "cpu"
     for weights in WEIGHTS:
-        scheme = Scheme.model_validate({"weights": weights, "activations": activations})
-        for n, k in SHAPES:
+        scheme = make_scheme(weights, activations)
+        for n, k in SHAPES if scheme is not None else ():
             weight = make_weight(n, k, scheme)
             if weight is None:
                 continue
@@ -121,9 +135,9 @@ def test_every_kernel_supports_something(kernel: Kernel, monkeypatch: pytest.Mon
     found = 0
     for weights in WEIGHTS:
         for activations in ACTIVATIONS:
-            scheme = Scheme.model_validate({"weights": weights, "activations": activations})
-            weight = make_weight(48, 128, scheme)
-            if weight is not None:
+            scheme = make_scheme(weights, activations)
+            weight = None if scheme is None else make_weight(48, 128, scheme)
+            if scheme is not None and weight is not None:
                 spec = LinearSpec.of(weight, scheme.activations, device, torch.bfloat16, 1)
                 found += kernel.supports(spec) is None
     assert found >= 1

@@ -7,14 +7,14 @@ import torch
 
 from ptq.config import preset
 from ptq.core import Granularity
-from ptq.formats import FORMATS
+from ptq.formats import INTEGERS
 from ptq.kernels import IntMM, LinearSpec, OneDnn, TwoDigit, select
 
 
 def spec(scheme: str, m: int) -> LinearSpec:
     made = preset(scheme)
     return LinearSpec(
-        "cpu", torch.float32, FORMATS["int8"], Granularity("channel"), True,
+        "cpu", torch.float32, INTEGERS["int8"], Granularity("channel"), True,
         made.activations, 2048, 2048, m,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ptq.config import ActivationScheme, Plugin
 from ptq.core import choose_qparams, quantize
 from ptq.core.granularity import Granularity
-from ptq.formats import FORMATS
+from ptq.formats import INTEGERS
 from ptq.observers import make_observer
 
 
@@ -105,9 +105,9 @@ def test_less_error_than_minmax_on_heavy_tails(symmetric: bool) -> None:
     errors = {}
     for name in ("minmax", "mse"):
         low, high = found(x, name, symmetric=symmetric)
-        q = choose_qparams(low, high, FORMATS["int8"], symmetric=symmetric)
+        q = choose_qparams(low, high, INTEGERS["int8"], symmetric=symmetric)
         scale, zero = q.scale[:, None], None if q.zero_point is None else q.zero_point[:, None]
-        codes = quantize(x.T, scale, zero, FORMATS["int8"], Granularity("tensor")).double()
+        codes = quantize(x.T, scale, zero, INTEGERS["int8"], Granularity("tensor")).double()
         back = (codes - (0 if zero is None else zero.double())) * scale.double()
         errors[name] = (back - x.T.double()).square().mean().item()
     assert errors["mse"] < 0.9 * errors["minmax"]

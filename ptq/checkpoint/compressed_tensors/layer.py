@@ -19,7 +19,7 @@ from ptq.config import Scheme
 from ptq.core import QuantizedWeight, pack
 from ptq.core.quantized_weight import SCALE_DTYPES
 from ptq.errors import CheckpointError
-from ptq.formats import FORMATS
+from ptq.formats import INTEGERS, IntFormat
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _read_input(tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | 
 
 
 def _in_range(name: str, codes: Tensor, bits: int) -> Tensor:
-    fmt = FORMATS[f"int{bits}"]
+    fmt = INTEGERS[f"int{bits}"]
     if bits < 8 and codes.numel() and not (fmt.qmin <= codes.min() and codes.max() <= fmt.qmax):
         raise CheckpointError(f"{name} has codes beyond {bits} bits; the file is damaged")
     return codes
@@ -152,6 +152,7 @@ def _values(
     weight: QuantizedWeight, layout: Layout, scale_dtype: torch.dtype | None
 ) -> dict[str, Values]:
     fmt, packed = weight.format, layout == "pack-quantized"
+    assert isinstance(fmt, IntFormat)
     input_scale, input_zero_point = weight.input_scale, weight.input_zero_point
     zero_point = weight.zero_point
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ptq.checkpoint.compressed_tensors.groups import layout_for
 from ptq.errors import UnsupportedError
+from ptq.formats import IntFormat
 from ptq.modules import QuantEmbedding, QuantLinear
 
 GROUP_SIZES = (32, 64, 128)
@@ -39,6 +40,12 @@ def check_format(modules: Mapping[str, QuantLinear | QuantEmbedding]) -> dict[st
                 name, "shares an embedding's codes", "quantize again with embeddings: float"
             )
         scheme, weights = module.scheme, module.scheme.weights
+        if not isinstance(weights.number_format, IntFormat):
+            raise _refusal(
+                name,
+                f"has {weights.format} weights, which are not written to compressed-tensors",
+                "keep the ptq format, or choose an integer scheme such as w8a8",
+            )
         if scheme.input_rotation is not None:
             raise _refusal(
                 name,
