@@ -3,7 +3,8 @@
 
 Each kernel that supports a layer is compared with the reference kernel (dequantize, multiply in
 float32) and timed against the float layer; ``*`` marks the kernel that the rule of thumb chooses.
-Weights are hot. With ``--device cpu`` the same for this machine's processor.
+Weights are hot. A kernel of this device that no layer reached is named, with its reason. With
+``--device cpu`` the same for this machine's processor.
 """
 
 import argparse
@@ -25,7 +26,8 @@ from ptq.model import resolve_device
 from ptq.modules import QuantLinear
 from ptq.report import Console, environment
 
-SCHEMES = ("w8a16", "w8a8", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64")
+SCHEMES = ("w8a16", "w8a8", "w8a8-asym", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64", "fp8")
+_LARGEST_STEP = {"int8": 1 / 127, "float8_e4m3fn": 1 / 14}  # between two codes, over the largest
 SHAPES = ("576x576", "2048x2048", "4096x4096")
 ROWS = (1, 16, 17, 64, 512)
 
@@ -50,7 +52,7 @@ def within_tolerance(kernel: Kernel, layer: QuantLinear, x: Tensor, spec: Linear
     eps = torch.finfo(spec.dtype).eps + spec.k * torch.finfo(torch.float32).eps
     allowed = (kernel.tolerance(spec) + eps) * magnitude
     if spec.activations is not None:  # a code may fall on the other side of a tie
-        step = x.float().abs().amax(-1, keepdim=True) / 127
+        step = x.float().abs().amax(-1, keepdim=True) * _LARGEST_STEP[spec.activations.format]
         allowed = allowed + step * weight.abs().amax(1)
     return bool(((layer.run(x, kernel).float() - exact).abs() <= allowed).all())
 
@@ -62,6 +64,18 @@ def seconds(run: Any, device: torch.device) -> float:
             torch.cuda.synchronize(device)
 
     return timed(waited)
+
+
+def unreached(found: list[dict[str, Any]], specs: list[LinearSpec]) -> dict[str, str]:
+    """The kernels of a device that served no layer, each with its reasons."""
+    reached = {row["kernel"] for row in found}
+    reasons = {}
+    for kernel in KERNELS:
+        said = {str(kernel.supports(spec)) for spec in specs}
+        other = any(reason.startswith("for C") for reason in said)  # of another kind of device
+        if kernel.name not in reached and not isinstance(kernel, Reference) and not other:
+            reasons[kernel.name] = "; ".join(sorted(said))
+    return reasons
 
 
 def check(layer: QuantLinear, m: int, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -98,6 +112,7 @@ def check(layer: QuantLinear, m: int, options: argparse.Namespace) -> list[dict[
 def bench(options: argparse.Namespace) -> None:
     device = resolve_device(options.device)
     found: list[dict[str, Any]] = []
+    specs: list[LinearSpec] = []
     print(f"{'layer':10} {'scheme':16} {'M':>5}  {'kernel':14} right  over {options.dtype}")
     for text in options.shapes:
         n, k = map(int, text.split("x"))
@@ -106,14 +121,19 @@ def bench(options: argparse.Namespace) -> None:
             weight = round_to_nearest(torch.randn(n, k) / k**0.5, scheme.weights)
             layer = QuantLinear(weight, scheme).to(device)
             for m in options.rows:
+                specs.append(layer.spec(device.type, getattr(torch, options.dtype), m))
                 for row in check(layer, m, options):
                     found.append(row)
                     mark = "*" if row["chosen"] else " "
                     print(f"{text:10} {name:16} {m:5} {mark}{row['kernel']:14} "
                           f"{'yes' if row['right'] else 'NO':5} {row['speed_over_float']:6.2f}x",
                           flush=True)  # fmt: skip
+    missing = unreached(found, specs)
+    for name, reason in missing.items():
+        print(f"not checked: {name}: {reason}")
     if options.json:
-        options.json.write_text(json.dumps({"environment": environment(), "rows": found}, indent=1))
+        document = {"environment": environment(), "rows": found, "not_checked": missing}
+        options.json.write_text(json.dumps(document, indent=1))
     wrong = [row for row in found if not row["right"]]
     if wrong:
         raise UnsupportedError(

@@ -1,5 +1,6 @@
 """The other scripts, as a user calls them."""
 
+import dataclasses
 import importlib.util
 import json
 import shlex
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor
 
 import ptq
-from ptq.kernels import Int4Pack
+from ptq.algorithms import round_to_nearest
+from ptq.config import preset
+from ptq.kernels import KERNELS, Int4Pack, LinearSpec
 from ptq.model import load_tokenizer
+from tests.kernels.cuda_stand_in import CudaOps
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +172,12 @@ def test_check_cuda_tells_right_from_wrong(
     assert {r["kernel"] for r in rows} >= {"int_mm", "int8pack", "int4pack", "dequantize"}
     for case in {(r["scheme"], r["m"]) for r in rows}:
         assert sum(r["chosen"] for r in rows if (r["scheme"], r["m"]) == case) == 1
+    assert "resident" in {r["kernel"] for r in rows if r["scheme"] == "fp8"}
+    assert "not checked: int4pack" not in capsys.readouterr().out
+    narrow = ["--device", "cpu", "--shapes", "64x40", "--rows", "1", "--seconds", "0.01"]
+    assert script("check_cuda").main([*narrow, "--schemes", "w8a16", "w8a8"]) == 0
+    assert "int8pack: K=40 is not a multiple of 16" in (shown := capsys.readouterr().out)
+    assert "cuda" not in shown
     right = Int4Pack.linear
 
     def wrong(self: Int4Pack, *rest: Any) -> Tensor:
@@ -176,6 +186,26 @@ def test_check_cuda_tells_right_from_wrong(
     monkeypatch.setattr(Int4Pack, "linear", wrong)
     assert script("check_cuda").main(options) == 2
     assert "beyond the kernel's tolerance, the first of int4pack" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kernel", [k for k in KERNELS if k.name.startswith("cuda")], ids=lambda k: k.name
+)
+def test_check_cuda_reaches_every_kernel_of_cuda(kernel: Any) -> None:
+    """With its own schemes and shapes, on a device that has all that the kernels ask for."""
+    module = script("check_cuda")
+    able = dataclasses.replace(kernel, ops=CudaOps())
+    reached = [
+        LinearSpec.of(weight, preset(name).activations, "cuda", torch.bfloat16, module.ROWS[0])
+        for name in module.SCHEMES
+        for weight in [round_to_nearest(torch.randn(576, 576), preset(name).weights)]
+    ]
+    shapes = [tuple(map(int, text.split("x"))) for text in module.SHAPES]
+    assert any(
+        able.supports(dataclasses.replace(spec, n=n, k=k)) is None
+        for spec in reached
+        for n, k in shapes
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

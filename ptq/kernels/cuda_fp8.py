@@ -36,6 +36,8 @@ class CudaFloat8:
             return "the op gives bfloat16"
         if spec.k % 16 or spec.n % 16:
             return f"N={spec.n} and K={spec.k} must be multiples of 16"
+        if not self.ops.cuda.is_available():
+            return "there is no GPU here to ask for its compute capability: float8 needs 8.9"
         found = self.ops.cuda.get_device_capability()
         if found < _CAPABILITY:
             return f"compute capability {found[0]}.{found[1]}: float8 needs 8.9"

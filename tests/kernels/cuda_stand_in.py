@@ -25,6 +25,9 @@ class Device:
 
     capability: tuple[int, int]
 
+    def is_available(self) -> bool:
+        return True
+
     def get_device_capability(self) -> tuple[int, int]:
         return self.capability
 
