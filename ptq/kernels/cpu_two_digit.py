@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ptq.core import QuantizedWeight
-from ptq.kernels.activations import Activation, symmetric_codes
+from ptq.kernels.activations import Activation, by_chunks, symmetric_codes
 from ptq.kernels.cpu_int8pack import Int8Pack
 from ptq.kernels.cpu_int_mm import int_product, one_column, plain_loop, vnni_reason
 from ptq.kernels.integer import IntCodes, in_float, int_codes
@@ -22,11 +22,10 @@ def two_digits(x: Tensor) -> tuple[Tensor, Tensor]:
     Every element is within half of 1/32512 of its row's largest magnitude.
     """
     rows = x.shape[0]
-    codes, scale = symmetric_codes(x.float(), 127 * 256)
     digits = torch.empty((2 * rows, x.shape[1]), dtype=torch.int8, device=x.device)
-    high = torch.add(codes, 128).div_(256).floor_()
-    digits[:rows] = high
-    digits[rows:] = codes.sub_(high, alpha=256)
+    codes, scale = by_chunks(lambda part: symmetric_codes(part, 127 * 256), x, torch.int16)
+    digits[rows:] = codes  # the low byte, which is what is missing to the nearest multiple of 256
+    digits[:rows] = codes.add_(128).bitwise_right_shift_(8)
     return digits, scale
 
 
