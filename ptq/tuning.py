@@ -1,6 +1,7 @@
 """ptq.tune: the kernels that are fastest on this machine, measured on the model's own layers."""
 
 import math
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -176,8 +177,11 @@ def _race(
     times: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds
     active = dict(runs)
+    shuffle = random.Random(0).shuffle
     while time.perf_counter() < end or len(times[FLOAT]) < 5:
-        for name, run in active.items():
+        order = list(active.items())
+        shuffle(order)  # what ran before decides what is in the caches
+        for name, run in order:
             start = time.perf_counter()
             run()
             if device.type == "cuda":

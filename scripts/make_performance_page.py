@@ -53,22 +53,29 @@ def unique(values: Any) -> list[Any]:
 
 
 def kernels(document: dict[str, Any]) -> str:
-    """A table for each shape: schemes down, numbers of rows across."""
+    """A table for each shape: schemes down, numbers of rows across; for each scheme a line of the
+    rule of thumb and one of the fastest kernel, whatever memory it takes."""
     parts = []
     rows = document["rows"]
     for n, k in unique((r["n"], r["k"]) for r in rows):
-        here = {(r["scheme"], r["m"]): r for r in rows if (r["n"], r["k"]) == (n, k)}
-        counts = unique(m for _, m in here)
+        here = [r for r in rows if (r["n"], r["k"]) == (n, k)]
+        counts = unique(r["m"] for r in here)
         body = []
-        for scheme in unique(s for s, _ in here):
-            cells = [
-                f"{here[scheme, m]['speed_over_bfloat16']:.2f} / "
-                f"{here[scheme, m]['speed_over_float32']:.2f}<br>{here[scheme, m]['kernel']}"
-                for m in counts
-            ]
-            body.append([f"`{scheme}`", *cells])
+        for scheme in unique(r["scheme"] for r in here):
+            cells = [[r for r in here if (r["scheme"], r["m"]) == (scheme, m)] for m in counts]
+            chosen = [next(r for r in cell if r["chosen"]) for cell in cells]
+            fastest = [max(cell, key=lambda r: float(r["speed_over_bfloat16"])) for cell in cells]
+            body.append([f"`{scheme}`", *map(kernel_cell, chosen)])
+            body.append(["fastest", *map(kernel_cell, fastest)])
         parts.append(f"**{n} x {k}**\n\n" + table(["", *(f"M={m}" for m in counts)], body))
     return "\n\n".join(parts)
+
+
+def kernel_cell(row: dict[str, Any]) -> str:
+    return (
+        f"{row['speed_over_bfloat16']:.2f} / {row['speed_over_float32']:.2f}<br>"
+        f"{row['kernel']} ({row['memory']:.2f})"
+    )
 
 
 def models(document: dict[str, Any]) -> str:
@@ -144,8 +151,10 @@ take turns. `a / b` is against bfloat16 / against float32.
 ## One layer
 
 Whole forward pass, activation quantization included, bfloat16 activations, cold weights (every call
-takes the next of enough copies to exceed the last-level cache); the kernel is the one that the rule
-of thumb chose. {machine(by_kernel)}.
+takes the next of enough copies to exceed the last-level cache). The first line of a scheme is the
+kernel that the rule of thumb chooses; `fastest` is the best of all, for `ptq.tune`; in brackets the
+memory of the codes and the kernel's own form of them, as a share of the bfloat16 layer.
+{machine(by_kernel)}, memory read at {by_kernel["bandwidth"]:.1f} GB/s.
 
 ```bash
 {by_kernel["command"]}

@@ -1,5 +1,6 @@
 """Timing candidates against each other in one process: they take turns, ratios are of one turn."""
 
+import random
 import time
 from collections.abc import Callable
 from statistics import median, quantiles
@@ -18,14 +19,19 @@ def race(
 ) -> dict[str, list[float]]:
     """Times of each candidate, taken in turns; each returns its own seconds.
 
+    The order is another one in each turn: what ran before decides what is in the caches.
+
     Args:
         seconds, turns: both at least, for all candidates together and for each of them.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    order = list(candidates)
+    shuffle = random.Random(0).shuffle
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < turns:
-        for name, run in candidates.items():
-            times[name].append(run())
+    while time.perf_counter() < end or len(times[order[0]]) < turns:
+        shuffle(order)
+        for name in order:
+            times[name].append(candidates[name]())
     return times
 
 

@@ -28,8 +28,10 @@ def test_compiled_layers_equal_eager_ones(scheme: str, rows: int) -> None:
     with torch.no_grad():
         expected = model(x)
         found = torch.compile(model)(x)
-    # Products may be fused and scales multiplied in another order: some float32 roundings.
-    assert (found - expected).norm() <= 1e-5 * expected.norm()
+    # Products may be fused and scales multiplied in another order: some float32 roundings, or
+    # bfloat16 ones where int4 weights are multiplied in it.
+    rounding = torch.finfo(torch.bfloat16).eps if "w4" in scheme and rows > 1 else 1e-5
+    assert (found - expected).norm() <= rounding * expected.norm()
 
 
 def test_a_large_layer_with_the_weight_first() -> None:

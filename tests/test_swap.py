@@ -35,8 +35,8 @@ def test_dequantize_gives_back_float_layers_with_the_quantized_weights() -> None
 
 def test_dequantized_and_weight_only_models_agree() -> None:
     model = llama()
-    quantize(model, "w4a16-g32-asym")
-    ids = torch.arange(60).repeat(2, 1)  # 120 rows: no kernel that rounds to bfloat16
+    quantize(model, "w8a16-g32-asym")  # no kernel that rounds to bfloat16
+    ids = torch.arange(60).repeat(2, 1)
     with torch.no_grad():
         quantized = model(input_ids=ids).logits
         floated = dequantize(model)(input_ids=ids).logits

@@ -1,5 +1,6 @@
 """Activations on their way into a kernel: float, or quantized to int8 or float8."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from ptq.config import ActivationScheme
 from ptq.formats import FORMATS, FloatFormat
 
+_CHUNK = 1 << 18  # elements: their float32 values fit a core's cache
 _SMALLEST = torch.finfo(torch.float32).smallest_normal  # a scale
 
 
@@ -65,18 +67,18 @@ def quantize_activation(
         return Activation(x)
     fmt = FORMATS[scheme.format]
     dtype = dtype or fmt.dtype
-    values = x.float()
     if isinstance(fmt, FloatFormat):
-        scale = values.abs().amax(dim=-1, keepdim=True).div_(fmt.qmax).clamp_(min=_SMALLEST)
-        return Activation(fmt.nearest(torch.div(values, scale)).to(dtype), scale)
+        codes, scale = by_chunks(lambda part: float_codes(part, fmt), x, dtype)
+        return Activation(codes, scale)
+    if scheme.mode == "dynamic" and scheme.symmetric:
+        codes, scale = by_chunks(lambda part: symmetric_codes(part, 127), x, dtype)
+        return Activation(codes, scale)
+    values = x.float()
     if scheme.mode == "static":
         assert input_scale is not None
         zero_point = None if input_zero_point is None else input_zero_point.reshape(1, 1)
         codes = _codes(values, input_scale.reshape(1, 1), zero_point).clamp_(-128, 127)
         return Activation(codes.to(dtype), input_scale.reshape(1, 1), zero_point)
-    if scheme.symmetric:
-        codes, scale = symmetric_codes(values, 127)
-        return Activation(codes.to(dtype), scale)
     low = values.amin(dim=-1, keepdim=True).clamp_(max=0)
     high = values.amax(dim=-1, keepdim=True).clamp_(min=0)
     scale = ((high - low) / 255).clamp_(min=_SMALLEST)
@@ -89,12 +91,42 @@ def symmetric_codes(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """Whole numbers from -largest to largest (float32 [M, K]) and their scale [M, 1], by row.
 
     Args:
-        x: float32 [M, K].
+        x: floating point [M, K].
     """
     # vector_norm(inf) and aminmax take ten times as long on a CPU.
-    scratch = x.abs()
-    scale = scratch.amax(dim=-1, keepdim=True).div_(largest).clamp_(min=_SMALLEST)
-    return torch.div(x, scale, out=scratch).round_(), scale
+    peak = x.abs().amax(dim=-1, keepdim=True)
+    scale = peak.float().div_(largest).clamp_(min=_SMALLEST)
+    return torch.div(x.float(), scale).round_(), scale
+
+
+def float_codes(x: Tensor, fmt: FloatFormat) -> tuple[Tensor, Tensor]:
+    """Codes of a floating-point format, as float32 [M, K], and their scale [M, 1], by row.
+
+    Args:
+        x: floating point [M, K].
+    """
+    scale = x.abs().amax(dim=-1, keepdim=True).float().div_(fmt.qmax).clamp_(min=_SMALLEST)
+    return fmt.nearest(torch.div(x.float(), scale)), scale
+
+
+def by_chunks(
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Codes of x [M, K] in ``dtype`` and scales float32 [M, 1], some rows at a time.
+
+    The intermediate values of a large x would be new memory in each call, and getting that takes
+    four times as long as the arithmetic (512 x 8192: 10.4 against 2.1 ms).
+    """
+    rows = max(1, _CHUNK // max(1, x.shape[1]))
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] <= rows:
+        codes, scale = quantize(x)
+        return codes.to(dtype), scale
+    codes = torch.empty(x.shape, dtype=dtype)
+    scale = torch.empty((x.shape[0], 1))
+    for start in range(0, x.shape[0], rows):
+        part = slice(start, start + rows)
+        codes[part], scale[part] = quantize(x[part])
+    return codes, scale
 
 
 def _codes(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:

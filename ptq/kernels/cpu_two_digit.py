@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ptq.core import QuantizedWeight
-from ptq.kernels.activations import Activation, symmetric_codes
+from ptq.kernels.activations import Activation, by_chunks, symmetric_codes
+from ptq.kernels.cpu_int8pack import Int8Pack
 from ptq.kernels.cpu_int_mm import int_product, one_column, plain_loop, vnni_reason
 from ptq.kernels.integer import IntCodes, in_float, int_codes
 from ptq.kernels.spec import LinearSpec, few_rows, floats_reason, int8_reason
@@ -21,12 +22,17 @@ def two_digits(x: Tensor) -> tuple[Tensor, Tensor]:
     Every element is within half of 1/32512 of its row's largest magnitude.
     """
     rows = x.shape[0]
-    codes, scale = symmetric_codes(x.float(), 127 * 256)
     digits = torch.empty((2 * rows, x.shape[1]), dtype=torch.int8, device=x.device)
-    high = torch.add(codes, 128).div_(256).floor_()
-    digits[:rows] = high
-    digits[rows:] = codes.sub_(high, alpha=256)
+    codes, scale = by_chunks(lambda part: symmetric_codes(part, 127 * 256), x, torch.int16)
+    digits[rows:] = codes  # the low byte, which is what is missing to the nearest multiple of 256
+    digits[:rows] = codes.add_(128).bitwise_right_shift_(8)
     return digits, scale
+
+
+def joined(product: Tensor) -> Tensor:
+    """``256 * high + low`` [M, N] of a float32 product [2M, N], which is overwritten."""
+    rows = product.shape[0] // 2
+    return product[:rows].mul_(256).add_(product[rows:])
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,6 @@ class TwoDigit:
 
     name: str = "two_digit"
     integer: bool = False
-    few: int = 8
     rows: int = 128
     large: int = 1 << 22  # weights
 
@@ -60,10 +65,12 @@ class TwoDigit:
         reason = plain_loop()
         if reason is not None:
             return reason
+        if Int8Pack().supports(spec) is None and Int8Pack().declines(spec) is None:
+            return "few rows: slower than int8pack"
+        if spec.dtype == torch.float32:
+            return None  # float32 products take three times as long as bfloat16 ones
         if spec.n * spec.k < self.large:
             return f"fewer than {self.large} weights: splitting x costs more than it saves"
-        if spec.m <= self.few:
-            return f"up to {self.few} rows: slower than int8pack"
         return few_rows(spec, self.rows)
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> IntCodes:
@@ -71,9 +78,7 @@ class TwoDigit:
 
     def linear(self, x: Activation, prepared: IntCodes, dtype: torch.dtype) -> Tensor:
         digits, scale = two_digits(x.values)
-        rows = scale.shape[0]
-        product = in_float(int_product(digits, prepared.codes))
-        y = product[:rows].mul_(256).add_(product[rows:])
+        y = joined(in_float(int_product(digits, prepared.codes)))
         return y.mul_(scale).mul_(prepared.scale).to(dtype).contiguous()
 
     def tolerance(self, spec: LinearSpec) -> float:

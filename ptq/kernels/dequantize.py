@@ -1,11 +1,10 @@
 """Dequantize a block of rows that fits in cache, multiply, go on: good from some dozen rows up.
 
 The float copy of the weight never exists as a whole, and every block is made in the same buffers.
-Per-channel scales are applied to the product instead of the weight, and nibbles are not
-interleaved again: the low and the high halves of the bytes are the even and the odd columns, so x
-is reordered instead, once per call.
+Scales per channel are applied to the product instead of the weight.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +12,40 @@ from torch import Tensor
 
 from ptq.core import QuantizedWeight, unpack
 from ptq.kernels.activations import Activation, scaled, widened
+from ptq.kernels.nibbles import has_op, is_nibbles, nibble_rows, nibbles_in_float
 from ptq.kernels.spec import LinearSpec
 
 _CPU_BLOCK = 1 << 20  # weights at a time: in the last-level cache
+_CPU_BYTES_BLOCK = 1 << 21  # of codes that are converted in one pass
 _GPU_BLOCK = 1 << 26  # the launches cost more than the memory
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for it; without them float32 is faster."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def compute_dtype(device: str, dtype: torch.dtype, bits: int) -> torch.dtype:
+    """What to multiply in, for activations of this dtype and codes of so many bits.
+
+    float32 for float16, whose unscaled products could overflow. bfloat16 for float32 where the
+    processor is several times faster in it and the weights have up to 4 bits: rounding them moves
+    them by a thirtieth of what quantizing did. Not in compiled graphs: inductor does not vectorize
+    code that mixes bfloat16 with scales in float16.
+    """
+    if dtype == torch.float16:
+        return torch.float32
+    if torch.compiler.is_compiling():
+        return dtype
+    if dtype == torch.float32 and device == "cpu" and bits <= 4 and multiplies_bfloat16():
+        return torch.bfloat16
+    return dtype
 
 
 @dataclass(frozen=True)
 class DequantizeBlocks:
-    """Serves every spec, in the dtype of x; in float32 for float16, which could overflow."""
+    """Serves every spec, in the dtype of :func:`compute_dtype`."""
 
     name: str = "dequantize"
     integer: bool = False
@@ -37,47 +61,73 @@ class DequantizeBlocks:
 
     def linear(self, x: Activation, prepared: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         weight = prepared
-        rows, columns = weight.shape
-        compute = torch.float32 if dtype == torch.float16 else dtype
-        values, row_scale = x.as_float(compute)
-        if _is_nibbles(weight):
-            values = torch.cat((values[:, 0::2], values[:, 1::2]), dim=1)
-        step = min(
-            rows, max(1, (_CPU_BLOCK if values.device.type == "cpu" else _GPU_BLOCK) // columns)
-        )
-        floats = values.new_empty((step, columns), dtype=torch.float32)
-        block = floats if compute == torch.float32 else values.new_empty((step, columns))
-        y = values.new_empty((values.shape[0], rows))
-        for start in range(0, rows, step):
-            part = slice(start, min(start + step, rows))
-            size = part.stop - part.start
-            _fill(block[:size], floats[:size], weight, part)
-            torch.mm(values, block[:size].t(), out=y[:, part])
+        device = x.values.device.type
+        values, row_scale = x.as_float(compute_dtype(device, dtype, weight.format.bits))
+        step = max(1, _block_size(weight, device) // weight.shape[1])
+        scale = None
         if weight.granularity.kind != "group":
-            y = scaled(y, weight.scale.float().reshape(1, -1), widened(y.dtype))
+            scale = weight.scale.float().reshape(1, -1)
+        y = multiply_blocks(values, weight.shape[0], step, _filler(weight, values, step), scale)
         return scaled(y, row_scale, dtype)
 
     def tolerance(self, spec: LinearSpec) -> float:
         # x - zero point, the dequantized weight, the product and the scaled product are rounded.
-        return 4 * torch.finfo(spec.dtype).eps
+        compute = compute_dtype(spec.device, spec.dtype, spec.format.bits)
+        return 4 * torch.finfo(compute).eps
 
     def extra_bytes(self, spec: LinearSpec) -> int:
         return 0
 
 
-def _is_nibbles(weight: QuantizedWeight) -> bool:
-    """Whether a group's columns are as many even as odd ones, all bytes full."""
-    group = weight.granularity.group_size or weight.shape[1]
-    return weight.format.bits == 4 and group % 2 == 0
+def multiply_blocks(
+    x: Tensor, rows: int, step: int, fill: Callable[[slice, Tensor], None], scale: Tensor | None
+) -> Tensor:
+    """``x W^T`` [M, rows] in the dtype of x [M, K], by blocks of W.
+
+    Args:
+        step: rows of a block.
+        fill: puts these rows of W into a block [n, K].
+        scale: float32 [1, rows] of W's rows or [1, 1], still to be applied; None for none.
+    """
+    step = min(rows, step)
+    block = x.new_empty((step, x.shape[1]))
+    y = x.new_empty((x.shape[0], rows))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        size = part.stop - part.start
+        fill(part, block[:size])
+        if scale is None:
+            torch.mm(x, block[:size].t(), out=y[:, part])
+        else:
+            product = torch.mm(x, block[:size].t()).to(widened(x.dtype))
+            y[:, part] = product.mul_(scale if scale.numel() == 1 else scale[:, part])
+    return y
 
 
-def _fill(block: Tensor, floats: Tensor, weight: QuantizedWeight, rows: slice) -> None:
-    """Put rows of the weight into ``block``; without their scale unless it is per group.
+def _block_size(weight: QuantizedWeight, device: str) -> int:
+    if device != "cpu":
+        return _GPU_BLOCK
+    return _CPU_BYTES_BLOCK if weight.format.bits == 8 else _CPU_BLOCK
 
-    ``floats`` is scratch: torch converts int8 to float32 and multiplies there faster than in
+
+def _filler(weight: QuantizedWeight, x: Tensor, step: int) -> Callable[[slice, Tensor], None]:
+    """What makes a block of the weight; without its scale unless it is per group."""
+    if x.device.type == "cpu" and is_nibbles(weight) and has_op():
+        rows = nibble_rows(min(step, weight.shape[0]), weight.shape[1])
+        return lambda part, block: _fill(
+            block, nibbles_in_float(weight.packed[part], rows), weight, part
+        )
+    return lambda part, block: _fill(
+        block, unpack(weight.packed[part], weight.shape[1], weight.format), weight, part
+    )
+
+
+def _fill(block: Tensor, codes: Tensor, weight: QuantizedWeight, rows: slice) -> None:
+    """Put these codes [n, K] of rows of the weight into ``block``.
+
+    Groups are scaled in float32: torch converts int8 to it and multiplies in it faster than in
     bfloat16.
     """
-    codes = _codes(weight.packed[rows], weight)
     zero_point = weight.zero_point
     if zero_point is not None and weight.granularity.kind != "tensor":
         zero_point = zero_point[rows]
@@ -86,19 +136,8 @@ def _fill(block: Tensor, floats: Tensor, weight: QuantizedWeight, rows: slice) -
         if zero_point is not None:
             block.sub_(zero_point.to(block.dtype))
         return
-    floats.copy_(codes)
-    # [n, halves of the bytes, groups, columns of the group in this half]
-    halves = 2 if _is_nibbles(weight) else 1
-    parts = floats.view(floats.shape[0], halves, weight.scale.shape[1], -1)
+    groups = codes.float().view(codes.shape[0], weight.scale.shape[1], -1)
     if zero_point is not None:
-        parts.sub_(zero_point.float()[:, None, :, None])
-    parts.mul_(weight.scale[rows].float()[:, None, :, None])
-    if block.dtype != floats.dtype:  # else they are the same memory
-        block.copy_(floats)
-
-
-def _codes(packed: Tensor, weight: QuantizedWeight) -> Tensor:
-    """Codes [n, K] (int8), the even columns before the odd ones where they are nibbles."""
-    if not _is_nibbles(weight):
-        return unpack(packed, weight.shape[1], weight.format)
-    return torch.cat((packed & 15, packed >> 4), dim=1).view(torch.int8).sub_(8)
+        groups.sub_(zero_point.float()[:, :, None])
+    groups.mul_(weight.scale[rows].float()[:, :, None])
+    block.copy_(groups.view_as(block))

@@ -6,7 +6,8 @@ from ptq.errors import UnsupportedError
 from ptq.kernels.cpu_int4 import Int4Pack
 from ptq.kernels.cpu_int8pack import Int8Pack
 from ptq.kernels.cpu_int_mm import IntMM
-from ptq.kernels.cpu_onednn import OneDnn
+from ptq.kernels.cpu_nibble_groups import UnpackGroups
+from ptq.kernels.cpu_onednn import OneDnn, OneDnnTwoDigit, Requantized
 from ptq.kernels.cpu_two_digit import TwoDigit
 from ptq.kernels.cuda import CudaInt4, CudaInt8Pack, CudaIntMM
 from ptq.kernels.cuda_fp8 import CudaFloat8
@@ -17,6 +18,9 @@ from ptq.kernels.spec import Kernel, LinearSpec
 
 KERNELS: tuple[Kernel, ...] = (
     OneDnn(),
+    OneDnnTwoDigit(),
+    Requantized(),
+    UnpackGroups(),
     IntMM(),
     TwoDigit(),
     Int8Pack(),

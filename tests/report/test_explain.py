@@ -49,7 +49,7 @@ def test_the_kernel_that_is_named_is_the_one_that_runs(scheme: str, dtype: torch
 
 
 def test_equal_layers_share_a_group_and_the_reasons_are_told() -> None:
-    found = explain(model())
+    found = explain(model(dtype=torch.bfloat16))
     assert [group.names for group in found.layers] == [("0", "2"), ("1",)]
     shown = str(found)
     assert "32x64 w8a16, 2 layers such as 0" in shown
