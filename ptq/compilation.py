@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
+from ptq.compiled_step import CompiledStep
 from ptq.errors import ConfigError, UnsupportedError
 from ptq.kernels import row_ranges, select
 from ptq.model import eval_mode, max_positions
-from ptq.modules import QuantLinear
+from ptq.modules import QuantLinear, join, readers_of_one_tensor
 
 _DEFAULT_LENGTH = 1024
 _OTHER_CACHES = ("past_key_values", "assistant_model", "prompt_lookup_num_tokens")
@@ -67,15 +68,22 @@ class CompiledGenerate:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.compiled_here = True
-        self.settings = CompileConfig(mode="default")
+        self.step = CompiledStep(model)
+        self.settings = CompileConfig()
         # Else transformers compiles on accelerators only.
         self.settings._compile_all_devices = True  # type: ignore[assignment]
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        if not self.compiled_here:  # a copy holds the compiled code of the original's weights
-            self.model.__dict__.pop("_compiled_call", None)
-            self.compiled_here = True
+        self.model.get_compiled_call = self._step
+        try:
+            return self._generate(*arguments, **options)
+        finally:
+            del self.model.get_compiled_call
+
+    def _step(self, settings: object) -> CompiledStep:
+        return self.step
+
+    def _generate(self, *arguments: Any, **options: Any) -> Any:
         generate = type(self.model).generate
         given = any(options.get(name) is not None for name in _OTHER_CACHES)
         if given or options.get("use_cache") is False:
@@ -88,10 +96,6 @@ class CompiledGenerate:
         for name, value in fixed.items():
             setattr(config, name, value)
         return generate(self.model, *arguments, **{**options, "generation_config": config})
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies."""
-        return {**self.__dict__, "compiled_here": False}
 
 
 def _compile_generation(model: Any, max_length: int | None, batch_size: int) -> None:
@@ -107,6 +111,7 @@ def _compile_generation(model: Any, max_length: int | None, batch_size: int) -> 
             "call torch.compile yourself"
         )
     _bind(model, batch_size)
+    _join(model, batch_size)
     model.generate = CompiledGenerate(model)
     try:
         _warm_up(model, max_length, batch_size)
@@ -135,6 +140,17 @@ def _bind(model: nn.Module, rows: int | None) -> None:
             counts = [r.first for r in row_ranges(spec)] if rows is None else [rows]
             for m in counts:
                 layer.prepared(select(spec.with_rows(m)), dtype)
+
+
+@torch.no_grad()
+def _join(model: Any, rows: int) -> None:
+    """Let layers that read the same tensor in a step be one product."""
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    ids = torch.zeros((rows, 1), dtype=torch.int64, device=model.device)
+    with eval_mode(model):
+        groups = readers_of_one_tensor(model, lambda: model(input_ids=ids, use_cache=False))
+    for layers in groups:
+        join(layers, rows, dtype)
 
 
 def _warm_up(model: Any, max_length: int, batch_size: int) -> None:

@@ -81,7 +81,6 @@ def test_a_copy_decodes_its_own_weights() -> None:
         twin.lm_head.weight.copy_(other.lm_head.weight)
     eager = copy.deepcopy(twin)
     del eager.generate
-    del eager.__dict__["_compiled_call"]
     prompt = tiny_tokens(1, 4)
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False,
                "pad_token_id": 0}  # fmt: skip

@@ -61,6 +61,8 @@ class Int4Pack:
     name: str = "int4pack"
     integer: bool = False
     rows: int = 72
+    rows_of_large: int = 48
+    large: int = 1 << 22  # weights
 
     def supports(self, spec: LinearSpec) -> str | None:
         if spec.device != "cpu":
@@ -73,7 +75,7 @@ class Int4Pack:
         return None
 
     def declines(self, spec: LinearSpec) -> str | None:
-        return few_rows(spec, self.rows)
+        return few_rows(spec, self.rows if spec.n * spec.k < self.large else self.rows_of_large)
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Int4Prepared:
         group = op_group(LinearSpec.of(weight, None, "cpu", dtype, 1))

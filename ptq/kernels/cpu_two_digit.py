@@ -46,7 +46,7 @@ class TwoDigit:
     name: str = "two_digit"
     integer: bool = False
     rows: int = 128
-    large: int = 1 << 22  # weights
+    large: int = 1 << 23  # weights
 
     def supports(self, spec: LinearSpec) -> str | None:
         reason = vnni_reason(spec)

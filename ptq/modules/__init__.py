@@ -8,6 +8,7 @@ from ptq.modules.input_rotation import (
     remove_input_rotation,
     rotate_inputs,
 )
+from ptq.modules.joint import join, readers_of_one_tensor
 from ptq.modules.quant_embedding import QuantEmbedding
 from ptq.modules.quant_linear import QuantLinear
 from ptq.modules.sharing import quantized_layers, quantized_modules, share_inputs
@@ -19,9 +20,11 @@ __all__ = [
     "QuantLinear",
     "buffers_of",
     "input_rotation",
+    "join",
     "quantized_layers",
     "quantized_modules",
     "read_rotated",
+    "readers_of_one_tensor",
     "remove_input_rotation",
     "rotate_inputs",
     "share_inputs",

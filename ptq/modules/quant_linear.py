@@ -11,6 +11,7 @@ from ptq.config import Scheme
 from ptq.core import QuantizedWeight, Rotation
 from ptq.kernels import Activation, Kernel, LinearSpec, Reference, quantize_activation, select
 from ptq.modules.buffers import empty_weight, held_weight, kept_scales, register, share
+from ptq.modules.joint_product import JointProduct
 from ptq.modules.shared_input import SharedInput
 
 
@@ -42,6 +43,7 @@ class QuantLinear(nn.Module):
         rotated = scheme.input_rotation is not None
         self.rotation = Rotation.of(self.in_features) if rotated else None
         self.shared_input: SharedInput | None = None
+        self.joint: JointProduct | None = None  # in compiled graphs
         self.tied_to: tuple[nn.Module, ...] = ()  # a tuple: the owner is no submodule
         self._prepared: dict[tuple[str, torch.dtype], Any] = {}
         self._choice: dict[tuple[str, torch.dtype, int], Kernel] = {}
@@ -93,7 +95,12 @@ class QuantLinear(nn.Module):
         kernel = kernel or self.kernel(rows)
         prepared = self.prepared(kernel, rows.dtype)
         codes = None if kernel.integer else _float_codes(x.dtype)
-        y = kernel.linear(self._activation(x, rows, codes), prepared, x.dtype)
+        activation = self._activation(x, rows, codes)
+        joint = self.joint if torch.compiler.is_compiling() else None
+        if joint is not None and joint.serves(kernel, rows):
+            y = joint.linear(activation)
+        else:
+            y = kernel.linear(activation, prepared, x.dtype)
         if self.bias is not None:
             y = y.add_(self.bias)
         return y.view(*x.shape[:-1], self.out_features)
@@ -147,6 +154,7 @@ class QuantLinear(nn.Module):
 
     def release(self) -> None:
         """Forget the kernels' own forms of the weight; they are made again when needed."""
+        self.joint = None
         self._prepared.clear()
         self._choice.clear()
 
@@ -166,7 +174,7 @@ class QuantLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: the prepared forms belong to this process and stay behind."""
         state = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "_prepared": {}, "_choice": {}}
+        return {**state, "_prepared": {}, "_choice": {}, "joint": None}
 
     def extra_repr(self) -> str:
         return (
