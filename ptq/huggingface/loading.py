@@ -14,6 +14,7 @@ from ptq.checkpoint.manifest import CONFIG
 from ptq.errors import CheckpointError
 from ptq.huggingface.contents import Contents, read_contents
 from ptq.huggingface.naming import as_saved, name_in
+from ptq.kernels import aligned
 from ptq.model import replace_module
 from ptq.modules import QuantEmbedding, QuantLinear, share_inputs, tie_shared
 
@@ -65,6 +66,9 @@ def prepare(model: PreTrainedModel, section: Mapping[str, Any], files: Sequence[
 
 def finish(model: PreTrainedModel, prepared: Prepared) -> None:
     """Give the quantized layers what they share, and freeze them, once the tensors are loaded."""
+    for layer in prepared.layers.values():
+        for name, tensor in layer.named_buffers():
+            layer._buffers[name] = aligned(tensor, 64)  # else a kernel copies it and both stay
     for target, source in prepared.shared.items():
         owner, _, leaf = target.rpartition(".")
         value = _tensor(model, source)
