@@ -1,7 +1,6 @@
 """Putting quantized layers into a model, and taking them out again."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +11,11 @@ from ptq.calibrate import LayerStatistics
 from ptq.config import Scheme, WeightScheme
 from ptq.core import QuantizedWeight
 from ptq.errors import CalibrationError, PTQError, UnsupportedError
-from ptq.model import forget_quantization, read_layers, replace_module
+from ptq.model import fold, forget_quantization, read_layers, replace_module, take_place
 from ptq.modules import QuantEmbedding, QuantLinear, quantized_modules, share_inputs, tie
 
-M = TypeVar("M", bound=nn.Module)
 Progress = Callable[[Iterable[str]], Iterable[str]]
 Quantize = Callable[[Tensor, WeightScheme], QuantizedWeight]
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
 
 
 def quantize_layers(
@@ -83,10 +73,10 @@ def quantize_embeddings(
             linear = model.get_submodule(head)
             assert isinstance(linear, nn.Linear)
             bias = None if linear.bias is None else linear.bias.detach()
-            layer = _in_place_of(linear, QuantLinear(weight, scheme, bias))
+            layer = take_place(linear, QuantLinear(weight, scheme, bias))
             tie(new, layer)
             replace_module(model, head, layer)
-        replace_module(model, name, _in_place_of(old, new))
+        replace_module(model, name, take_place(old, new))
 
 
 def place(model: nn.Module, name: str, weight: QuantizedWeight, scheme: Scheme) -> None:
@@ -94,14 +84,7 @@ def place(model: nn.Module, name: str, weight: QuantizedWeight, scheme: Scheme) 
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     bias = None if linear.bias is None else linear.bias.detach()
-    replace_module(model, name, _in_place_of(linear, QuantLinear(weight, scheme, bias)))
-
-
-def _in_place_of(old: nn.Module, new: M) -> M:
-    """The new module with the mode and the hooks of the old one."""
-    for hooks in _HOOKS:
-        setattr(new, hooks, getattr(old, hooks))
-    return new.train(old.training)
+    replace_module(model, name, take_place(linear, QuantLinear(weight, scheme, bias)))
 
 
 def _quantized(
@@ -140,6 +123,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every :class:`QuantLinear` by an ``nn.Linear`` with the weights it stands for.
 
     In place, and embeddings likewise; a head that shares an embedding's codes shares its weight.
+    What was a ``Conv1D`` or a module of fused experts becomes one again.
     The result is float and has the quantization error of the weights; activations are no longer
     quantized.
 
@@ -167,6 +151,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             weight = tables.get(owner) if isinstance(owner, QuantEmbedding) else None
             new = _float_linear(layer, weight, wanted)
         replace_module(model, name, new.train(layer.training))
+    fold(model)
     forget_quantization(model)
     return model
 

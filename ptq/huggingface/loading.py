@@ -15,7 +15,7 @@ from ptq.errors import CheckpointError
 from ptq.huggingface.contents import Contents, read_contents
 from ptq.huggingface.naming import as_saved, name_in
 from ptq.kernels import aligned
-from ptq.model import replace_module
+from ptq.model import replace_modules, unfold, unfolded
 from ptq.modules import QuantEmbedding, QuantLinear, share_inputs, tie_shared
 
 Quantized = QuantLinear | QuantEmbedding
@@ -52,9 +52,10 @@ def prepare(model: PreTrainedModel, section: Mapping[str, Any], files: Sequence[
     path = contents.root / CONFIG
     description = read_description(section, path)
     saved = as_saved(model)
-    layers = _empty_layers(model, saved, description, path)
-    for name, layer in layers.items():
-        replace_module(model, name, layer)
+    unfold(saved)
+    with unfolded(model):
+        layers = _empty_layers(model, saved, description, path)
+        replace_modules(model, layers)
     share_inputs(model)
     exact = frozenset(
         f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_buffers()

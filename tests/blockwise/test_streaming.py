@@ -7,7 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import ptq
 from ptq.blockwise import Blockwise
@@ -108,6 +115,34 @@ def test_fused_experts_are_the_same_too(tiny_texts: tuple[Path, Path], tmp_path:
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     assert_same_files(*checkpoints(tmp_path / "model", tiny_texts, tmp_path, recipe=["gptq"]))
+    rules = [{"layers": "*.experts.[01].down_proj", "scheme": "float"}]
+    more = {"recipe": ["rtn"], "rules": rules}
+    assert_same_files(*checkpoints(tmp_path / "model", tiny_texts, tmp_path / "rtn", **more))
+
+
+@pytest.mark.parametrize("recipe", [["rtn"], ["gptq"]], ids=str)
+def test_transposed_weights_are_the_same_too(
+    recipe: list[str], tiny_texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Of Conv1D; those that a rule keeps float are written as they were."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        vocab_size=97,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    model = GPT2LMHeadModel._from_config(config)
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    more = {"recipe": recipe, "rules": [{"layers": "*.0.attn.*", "scheme": "float"}]}
+    assert_same_files(*checkpoints(tmp_path / "model", tiny_texts, tmp_path, **more))
+    stored = load_file(tmp_path / "loaded" / "model.safetensors")
+    name = "transformer.h.0.attn.c_attn.weight"
+    assert torch.equal(stored[name], model.state_dict()[name])
 
 
 def float_blocks(model: nn.Module) -> list[str]:
