@@ -1,6 +1,7 @@
 """Finding, loading and reading models; nothing here quantizes."""
 
 from ptq.model.blocks import block_lists
+from ptq.model.experts import Experts
 from ptq.model.forget import forget_quantization
 from ptq.model.layers import (
     LayerInfo,
@@ -12,7 +13,13 @@ from ptq.model.layers import (
 from ptq.model.limits import check_tokens, max_positions, require_causal, require_token_ids
 from ptq.model.load import load_float
 from ptq.model.renaming import names_in_model
-from ptq.model.replace import replace_module, replace_modules, stands_for, take_place
+from ptq.model.replace import (
+    replace_module,
+    replace_modules,
+    shared_modules,
+    stands_for,
+    take_place,
+)
 from ptq.model.skeleton import fill_computed_buffers, skeleton
 from ptq.model.source import ModelSource, load_model, load_model_config, resolve_device
 from ptq.model.streaming import StreamedModel, stream_model
@@ -20,6 +27,7 @@ from ptq.model.tokenizer import load_tokenizer
 from ptq.model.unfold import fold, folded, unfold, unfolded
 
 __all__ = [
+    "Experts",
     "LayerInfo",
     "ModelSource",
     "StreamedModel",
@@ -44,6 +52,7 @@ __all__ = [
     "require_causal",
     "require_token_ids",
     "resolve_device",
+    "shared_modules",
     "skeleton",
     "stands_for",
     "stream_model",

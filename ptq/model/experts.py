@@ -79,6 +79,13 @@ class Experts(nn.Module):
         made: Tensor = second(gate(first(x)))  # type: ignore[operator]
         return made
 
+    def own_memory(self) -> None:
+        """Let go of the fused tensors, which float layers between quantized ones would hold."""
+        for layer in (layer for expert in self.children() for layer in expert.children()):
+            if type(layer) is nn.Linear:
+                for parameter in layer.parameters():
+                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
     @property
     def is_float(self) -> bool:
         """Whether every layer is an ``nn.Linear``."""

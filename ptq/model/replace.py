@@ -1,5 +1,6 @@
 """Putting one module in the place of another."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -16,23 +17,42 @@ _HOOKS = (
 )
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` in place of the module called ``name``, under every name that it has."""
-    replace_modules(model, {name: new})
+def replace_module(model: nn.Module, name: str, new: nn.Module, *, alone: bool = False) -> None:
+    """Put ``new`` in place of the module called ``name``, under every name that it has.
+
+    Args:
+        alone: it is known to have no other name, which saves the search for one.
+    """
+    if alone:
+        parent, _, leaf = name.rpartition(".")
+        _put(model, model.get_submodule(parent), leaf, new)
+    else:
+        replace_modules(model, {name: new})
 
 
 def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
     """:func:`replace_module` for many, in one pass over the model."""
     by_old = {model.get_submodule(name): module for name, module in new.items()}
-    for old, module in by_old.items():
-        origin = stands_for(old)
-        if origin is not None and origin is not module:
-            module.__dict__["stands_for"] = (origin,)
     for parent in list(model.modules()):
         for leaf, child in list(parent._modules.items()):
             if child is not None and child in by_old:
-                setattr(parent, leaf, by_old[child])
-                _leave_fast_path(model, parent)
+                _put(model, parent, leaf, by_old[child])
+
+
+def shared_modules(model: nn.Module) -> set[str]:
+    """The names of modules that have several."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    return {name for several in names.values() if len(several) > 1 for name in several}
+
+
+def _put(model: nn.Module, parent: nn.Module, leaf: str, new: nn.Module) -> None:
+    origin = stands_for(parent.get_submodule(leaf))
+    if origin is not None and origin is not new:
+        new.__dict__["stands_for"] = (origin,)
+    setattr(parent, leaf, new)
+    _leave_fast_path(model, parent)
 
 
 def take_place(old: nn.Module, new: M) -> M:

@@ -98,12 +98,15 @@ def _folded(module: nn.Module) -> nn.Module | None:
 @contextmanager
 def unfolded(model: nn.Module, layers: Collection[str] | None = None) -> Iterator[None]:
     """Within it, the model is unfolded as by :func:`unfold`; what is wholly float afterwards is
-    folded again."""
+    folded again, and what is float in part has memory of its own."""
     unfold(model, layers)
     try:
         yield
     finally:
         fold(model)
+        for module in model.modules():
+            if isinstance(module, Experts):
+                module.own_memory()
 
 
 @contextmanager

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
-    MixtralForCausalLM,
 )
 
 import ptq
@@ -108,16 +109,27 @@ def test_other_requests_are_the_same_too(
     assert_same_files(*checkpoints(sharded(tmp_path / "m"), tiny_texts, tmp_path, **more))
 
 
-def test_fused_experts_are_the_same_too(tiny_texts: tuple[Path, Path], tmp_path: Path) -> None:
+EXPERTS = {
+    "mixtral": lambda: MixtralConfig(**SIZES, num_hidden_layers=2, num_local_experts=3),
+    "gpt_oss": lambda: GptOssConfig(
+        **SIZES, num_hidden_layers=2, num_local_experts=3, num_experts_per_tok=2, head_dim=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [["rtn"], ["gptq"]], ids=str)
+@pytest.mark.parametrize("family", EXPERTS)
+def test_fused_experts_are_the_same_too(
+    family: str, recipe: list[str], tiny_texts: tuple[Path, Path], tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    config = MixtralConfig(**SIZES, num_hidden_layers=2, num_local_experts=3)
-    model = MixtralForCausalLM._from_config(config)
+    model = AutoModelForCausalLM.from_config(EXPERTS[family]())
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    assert_same_files(*checkpoints(tmp_path / "model", tiny_texts, tmp_path, recipe=["gptq"]))
-    rules = [{"layers": "*.experts.[01].down_proj", "scheme": "float"}]
-    more = {"recipe": ["rtn"], "rules": rules}
-    assert_same_files(*checkpoints(tmp_path / "model", tiny_texts, tmp_path / "rtn", **more))
+    rules = [{"layers": "*.1.mlp.experts.[01].down_proj", "scheme": "float"}]
+    more = {"recipe": recipe, "rules": rules}
+    assert_same_files(*checkpoints(tmp_path / "model", tiny_texts, tmp_path, **more))
 
 
 @pytest.mark.parametrize("recipe", [["rtn"], ["gptq"]], ids=str)
