@@ -174,6 +174,16 @@ def test_loading_makes_no_float_copy(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not [m for m in made if m[1].is_floating_point and m[2] != "meta"]
 
 
+def test_what_kernels_read_is_aligned(tmp_path: Path) -> None:
+    """In a mapped file it is wherever the header ends; a kernel would copy it, or crash."""
+    model = quantize_linears(tiny_llama(tied=True), "w8a16")
+    for shard_bytes in (10**9, 10_000, 5_000):
+        save(model, tmp_path / "out", shard_bytes=shard_bytes, overwrite=True)
+        layers = quantized_modules(loaded(tmp_path / "out")).values()
+        held = [tensor for layer in layers for tensor in layer.buffers()]
+        assert held and all(tensor.data_ptr() % 64 == 0 for tensor in held)
+
+
 def hub_cache(root: Path, checkpoint: Path) -> None:
     """The cache of a downloaded repository: what transformers downloads, as links to blobs."""
     commit = "0123456789" * 4
