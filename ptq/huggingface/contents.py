@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, dot_natural_key
+from transformers.core_model_loading import dot_natural_key
 
 from ptq.checkpoint.shard import Stored, dtype_name, read_header
 from ptq.errors import CheckpointError
@@ -33,7 +32,7 @@ class Contents:
 
     def places(self, model: PreTrainedModel, wanted: dict[str, Tensor]) -> dict[str, str]:
         """The names that transformers gives the tensors in the model, each with that in a file."""
-        mapping = renamings_only(get_model_conversion_mapping(model))
+        mapping = get_model_conversion_mapping(model)
         return {
             name: key
             for key in sorted(self.tensors, key=dot_natural_key)
@@ -60,12 +59,6 @@ class Contents:
                 f"{list(tensor.shape)}; config.json and the weights are not of one checkpoint, "
                 "copy it again"
             )
-
-
-def renamings_only(mapping: Sequence[Any]) -> list[Any]:
-    """What transformers may do to the names in the files of a checkpoint: a ptq checkpoint has the
-    tensors of ``state_dict()``, so none is merged or split."""
-    return [entry for entry in mapping if not isinstance(entry, WeightConverter)]
 
 
 def read_contents(files: Sequence[str]) -> Contents:

@@ -60,12 +60,6 @@ class PtqHfQuantizer(HfQuantizer):
         described = self.quantization_config.to_dict()
         self._prepared = prepare(model, described, checkpoint_files or [])
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Those that fit the names in the files."""
-        from ptq.huggingface.contents import renamings_only
-
-        return renamings_only(weight_conversions)
-
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:

@@ -63,7 +63,7 @@ FAMILIES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
     "qwen3_moe": (
         "AutoModelForCausalLM",
         lambda: transformers.Qwen3MoeConfig(
-            **_GROUPED, head_dim=8, **_EXPERTS, moe_intermediate_size=32, mlp_only_layers=[1]
+            **_GROUPED, head_dim=8, **_EXPERTS, moe_intermediate_size=32, mlp_only_layers=[0]
         ),
     ),
     "gpt_oss": (
