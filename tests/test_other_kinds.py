@@ -215,6 +215,22 @@ def test_an_expert_that_reads_other_tokens_than_in_the_float_model_is_said() -> 
     assert said and all(".experts." in remedy for remedy in said)
 
 
+@pytest.mark.parametrize("scheme", ["w3a16-tensor", "w3a16-g16-asym"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss"])
+def test_transposed_weights_are_refined(family: str, scheme: str) -> None:
+    """Every step reads and writes them as they lie in memory."""
+    batches = data(tokens=40)
+    distances = []
+    for recipe in (["rtn"], ["gptaq", {**LEARNED, "options": {"iterations": 20}}, DISTILL]):
+        model = float_model(family)
+        ptq.quantize(model, {"scheme": scheme, "recipe": recipe}, calibration=batches)
+        with torch.no_grad():
+            expected = torch.cat([float_model(family)(**batch).logits for batch in batches])
+            got = torch.cat([model(**batch).logits for batch in batches])
+        distances.append(float((got - expected).norm()))
+    assert distances[1] < 0.9 * distances[0]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_compressed_tensors_refuses_them(tmp_path: Path, family: str) -> None:
     model = float_model(family)
