@@ -67,9 +67,7 @@ class Int8Pack:
 
     def linear(self, x: Activation, prepared: Int8Packed, dtype: torch.dtype) -> Tensor:
         values, row_scale = x.as_float(prepared.exponent.dtype)
-        values = values.contiguous()
-        if not torch.compiler.is_compiling():  # there, memory has no address yet
-            values = aligned(values, _VALUES_AT)
+        values = aligned(values.contiguous(), _VALUES_AT)
         y = torch._weight_int8pack_mm(values, prepared.codes, prepared.exponent)
         y = y.float().mul_(prepared.scale)
         return scaled(y, row_scale, dtype)
