@@ -60,6 +60,7 @@ from ptq.model import (
     resolve_device,
     skeleton,
     stream_model,
+    unfolded,
 )
 from ptq.modules import share_inputs
 from ptq.observers import make_observer
@@ -111,7 +112,8 @@ def quantize(
     """Quantize the linear layers of a model, in place.
 
     Args:
-        model: any ``nn.Module`` with ``nn.Linear`` layers, float, on any device.
+        model: any ``nn.Module`` with ``nn.Linear`` layers, transformers' ``Conv1D`` or fused
+            experts, float, on any device.
         scheme: a preset such as ``"w4a16-g64"``, a mapping as in YAML, or a configuration.
         calibration: batches for static activations and for recipes that look at data: tensors,
             tuples, or mappings of keyword arguments; without it, the configuration's calibration
@@ -150,6 +152,36 @@ def _quantize(
         calibration = _calibration_batches(config, recipe, tokens, tokenizer)
     if streamed is None:
         check_finite(model)
+    with unfolded(model, made.schemes):
+        statistics, work = _carry_out(
+            model, made, recipe, config, calibration, console, streamed, store
+        )
+    quantize_embeddings(model, made.embeddings, made.sharing)
+    checkpoint.declare_quantized(model)
+    seconds = time.perf_counter() - start
+    return QuantizationResult(
+        model,
+        made,
+        config,
+        statistics,
+        seconds,
+        str(recipe),
+        () if work is None else tuple(work.notes),
+        () if work is None else tuple(work.remedies),
+    )
+
+
+def _carry_out(
+    model: nn.Module,
+    made: Plan,
+    recipe: Recipe,
+    config: QuantizationConfig,
+    calibration: Iterable[Any] | None,
+    console: Console,
+    streamed: StreamedModel | None,
+    store: Work | None,
+) -> tuple[dict[str, LayerStatistics], Blockwise | None]:
+    """Quantize the linear layers of an unfolded model."""
     statistics: dict[str, LayerStatistics] = {}
     work = None
     if recipe.plain:
@@ -173,19 +205,7 @@ def _quantize(
     if streamed is not None:
         streams = store is not None and store.streams
         streamed.fill_rest(partial(store.put_out, model) if store and streams else None)
-    quantize_embeddings(model, made.embeddings, made.sharing)
-    checkpoint.declare_quantized(model)
-    seconds = time.perf_counter() - start
-    return QuantizationResult(
-        model,
-        made,
-        config,
-        statistics,
-        seconds,
-        str(recipe),
-        () if work is None else tuple(work.notes),
-        () if work is None else tuple(work.remedies),
-    )
+    return statistics, work
 
 
 def _puts_out(model: nn.Module, layers: Iterable[str], store: Work) -> Callable[[str], None]:

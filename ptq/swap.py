@@ -1,7 +1,6 @@
 """Putting quantized layers into a model, and taking them out again."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +11,18 @@ from ptq.calibrate import LayerStatistics
 from ptq.config import Scheme, WeightScheme
 from ptq.core import QuantizedWeight
 from ptq.errors import CalibrationError, PTQError, UnsupportedError
-from ptq.model import forget_quantization, read_layers, replace_module
+from ptq.model import (
+    fold,
+    forget_quantization,
+    read_layers,
+    replace_module,
+    shared_modules,
+    take_place,
+)
 from ptq.modules import QuantEmbedding, QuantLinear, quantized_modules, share_inputs, tie
 
-M = TypeVar("M", bound=nn.Module)
 Progress = Callable[[Iterable[str]], Iterable[str]]
 Quantize = Callable[[Tensor, WeightScheme], QuantizedWeight]
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
 
 
 def quantize_layers(
@@ -50,11 +47,12 @@ def quantize_layers(
         CalibrationError: a static scheme has no statistics.
     """
     tied = {i.name for i in read_layers(model) if i.tied_to is not None}
+    shared = shared_modules(model)
     for name in progress(schemes):
         if fill is not None:
             fill(name)
         weight = _quantized(model, name, schemes[name], statistics, quantize)
-        place(model, name, weight, schemes[name])
+        place(model, name, weight, schemes[name], alone=name not in shared)
         if name in tied:
             _untie(model)
         if placed is not None:
@@ -83,25 +81,25 @@ def quantize_embeddings(
             linear = model.get_submodule(head)
             assert isinstance(linear, nn.Linear)
             bias = None if linear.bias is None else linear.bias.detach()
-            layer = _in_place_of(linear, QuantLinear(weight, scheme, bias))
+            layer = take_place(linear, QuantLinear(weight, scheme, bias))
             tie(new, layer)
             replace_module(model, head, layer)
-        replace_module(model, name, _in_place_of(old, new))
+        replace_module(model, name, take_place(old, new))
 
 
-def place(model: nn.Module, name: str, weight: QuantizedWeight, scheme: Scheme) -> None:
-    """Put a :class:`QuantLinear` with this weight in place of the float layer called ``name``."""
+def place(
+    model: nn.Module, name: str, weight: QuantizedWeight, scheme: Scheme, *, alone: bool = False
+) -> None:
+    """Put a :class:`QuantLinear` with this weight in place of the float layer called ``name``.
+
+    Args:
+        alone: as in :func:`~ptq.model.replace_module`.
+    """
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     bias = None if linear.bias is None else linear.bias.detach()
-    replace_module(model, name, _in_place_of(linear, QuantLinear(weight, scheme, bias)))
-
-
-def _in_place_of(old: nn.Module, new: M) -> M:
-    """The new module with the mode and the hooks of the old one."""
-    for hooks in _HOOKS:
-        setattr(new, hooks, getattr(old, hooks))
-    return new.train(old.training)
+    layer = take_place(linear, QuantLinear(weight, scheme, bias))
+    replace_module(model, name, layer, alone=alone)
 
 
 def _quantized(
@@ -140,6 +138,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every :class:`QuantLinear` by an ``nn.Linear`` with the weights it stands for.
 
     In place, and embeddings likewise; a head that shares an embedding's codes shares its weight.
+    What was a ``Conv1D`` or a module of fused experts becomes one again.
     The result is float and has the quantization error of the weights; activations are no longer
     quantized.
 
@@ -156,6 +155,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         )
     layers = quantized_modules(model)
     wanted = dtype or next((p.dtype for p in model.parameters()), torch.float32)
+    shared = shared_modules(model)
     tables = {m: _float_weight(m, wanted) for m in layers.values() if isinstance(m, QuantEmbedding)}
     for name, layer in layers.items():
         if isinstance(layer, QuantEmbedding):
@@ -166,7 +166,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             owner = layer.tied_to[0] if layer.tied_to else None
             weight = tables.get(owner) if isinstance(owner, QuantEmbedding) else None
             new = _float_linear(layer, weight, wanted)
-        replace_module(model, name, new.train(layer.training))
+        replace_module(model, name, new.train(layer.training), alone=name not in shared)
+    fold(model)
     forget_quantization(model)
     return model
 

@@ -6,8 +6,6 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -81,9 +79,10 @@ def test_everything_float_is_an_error() -> None:
 
 
 def test_a_model_whose_layers_are_of_another_kind_is_told_so() -> None:
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=32)
-    with pytest.raises(ConfigError, match=r"lm_head \(tied.*parameters are in Conv1D"):
-        plan(GPT2LMHeadModel(config), "w8a8")
+    model = nn.ModuleDict({"conv": nn.Conv2d(16, 16, 3), "head": nn.Linear(16, 8)})
+    config = {"scheme": "w8a8", "rules": [{"layers": "head", "scheme": "float"}]}
+    with pytest.raises(ConfigError, match=r"head \(rules\.0.*94% of the parameters are in Conv2d"):
+        plan(model, config)
 
 
 def test_group_size_that_does_not_divide_names_the_layer_and_the_choices() -> None:

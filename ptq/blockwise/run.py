@@ -24,7 +24,7 @@ from ptq.calibrate import (
 from ptq.config import Plugin, Scheme
 from ptq.core import QuantizedWeight
 from ptq.errors import CalibrationError, PTQError, UnsupportedError
-from ptq.model import block_lists, eval_mode
+from ptq.model import block_lists, eval_mode, shared_modules
 from ptq.modules import (
     InputRotation,
     input_rotation,
@@ -323,10 +323,12 @@ class Blockwise:
         return layers
 
     def _place(self, prefix: str, layers: Mapping[str, LayerState]) -> None:
+        shared = shared_modules(self.model)
         for key, state in layers.items():
+            name = f"{prefix}{key}"
             remove_input_rotation(state.linear)
-            place(self.model, f"{prefix}{key}", state.weight, state.scheme)
-            self.done.add(f"{prefix}{key}")
+            place(self.model, name, state.weight, state.scheme, alone=name not in shared)
+            self.done.add(name)
 
     def _run_rest(self, schemes: dict[str, Scheme], batches: list[Any]) -> None:
         """Layers outside the blocks: what they see of a run of the whole model."""

@@ -18,7 +18,9 @@ _SAMPLE_ROWS = 1024  # of each layer's input, for the searches of transforms
 class SeenInputs:
     """Moments and ranges of the inputs of some layers.
 
-    Layers that read the same tensor share their moments.
+    Layers that read the same tensor share their moments. A layer that reads a selection of the
+    rows (an expert) may read another selection in the float model; nothing is beside it then, and
+    its moments have no ``cross``.
 
     Args:
         moments: wanted by the algorithm; ``cross`` likewise.
@@ -30,6 +32,7 @@ class SeenInputs:
     observers: dict[str, Observer]
     leaders: dict[str, str] = field(default_factory=dict, init=False)
     sums: dict[str, SecondMoment] = field(default_factory=dict, init=False)
+    unpaired: set[str] = field(default_factory=set, init=False)
 
     @classmethod
     def of(
@@ -58,7 +61,15 @@ class SeenInputs:
                 continue
             if name not in self.sums:
                 self.sums[name] = SecondMoment(x.shape[-1], cross=self.cross)
-            self.sums[name].update(x, None if exact is None else exact[name])
+            self.sums[name].update(x, None if exact is None else self._beside(name, x, exact))
+
+    def _beside(self, name: str, x: Tensor, exact: Mapping[str, Tensor]) -> Tensor:
+        """The float model's rows; where they are others, x itself, which the sum must have."""
+        found = exact.get(name)
+        if found is not None and found.shape == x.shape and name not in self.unpaired:
+            return found
+        self.unpaired.add(name)
+        return x
 
     def finish(self) -> dict[str, InputMoments]:
         """The moments by layer; layers that no row reached are left out."""
@@ -66,7 +77,8 @@ class SeenInputs:
         for name, total in self.sums.items():
             if total.rows:
                 moments = total.finish()
-                made[name] = InputMoments(moments.second, moments.cross, moments.rows)
+                cross = None if name in self.unpaired else moments.cross
+                made[name] = InputMoments(moments.second, cross, moments.rows)
         return {name: made[leader] for name, leader in self.leaders.items() if leader in made}
 
 

@@ -17,7 +17,7 @@ from ptq.checkpoint.paths import inside
 from ptq.checkpoint.shard import Stored, read_tensors
 from ptq.checkpoint.slots import check_fit, empty_layers, slots
 from ptq.errors import CheckpointError, UnsupportedError
-from ptq.model import fill_computed_buffers, replace_module, skeleton
+from ptq.model import fill_computed_buffers, replace_modules, skeleton, unfolded
 from ptq.modules import share_inputs, tie_shared
 
 
@@ -38,11 +38,11 @@ def load(
             check_file(root, name, manifest)
     headers = {shard: checked_header(root, shard, manifest) for shard in manifest.shards}
     model = _empty_model(root, manifest) if model is None else model
-    layers = empty_layers(model, manifest.layers)
-    check_fit(slots(model, layers), manifest)
-    tensors = _read(root, manifest, headers, device, verify)
-    for name, layer in layers.items():
-        replace_module(model, name, layer)
+    with unfolded(model, manifest.layers):
+        layers = empty_layers(model, manifest.layers)
+        check_fit(slots(model, layers), manifest)
+        tensors = _read(root, manifest, headers, device, verify)
+        replace_modules(model, layers)
     share_inputs(model)
     assign(model, tensors, manifest.aliases)
     tie_shared(model)

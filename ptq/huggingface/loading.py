@@ -14,7 +14,8 @@ from ptq.checkpoint.manifest import CONFIG
 from ptq.errors import CheckpointError
 from ptq.huggingface.contents import Contents, read_contents
 from ptq.huggingface.naming import as_saved, name_in
-from ptq.model import replace_module
+from ptq.kernels import aligned
+from ptq.model import replace_modules, unfold, unfolded
 from ptq.modules import QuantEmbedding, QuantLinear, share_inputs, tie_shared
 
 Quantized = QuantLinear | QuantEmbedding
@@ -51,9 +52,10 @@ def prepare(model: PreTrainedModel, section: Mapping[str, Any], files: Sequence[
     path = contents.root / CONFIG
     description = read_description(section, path)
     saved = as_saved(model)
-    layers = _empty_layers(model, saved, description, path)
-    for name, layer in layers.items():
-        replace_module(model, name, layer)
+    unfold(saved)
+    with unfolded(model):
+        layers = _empty_layers(model, saved, description, path)
+        replace_modules(model, layers)
     share_inputs(model)
     exact = frozenset(
         f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_buffers()
@@ -65,6 +67,9 @@ def prepare(model: PreTrainedModel, section: Mapping[str, Any], files: Sequence[
 
 def finish(model: PreTrainedModel, prepared: Prepared) -> None:
     """Give the quantized layers what they share, and freeze them, once the tensors are loaded."""
+    for layer in prepared.layers.values():
+        for name, tensor in layer.named_buffers():
+            layer._buffers[name] = aligned(tensor, 64)  # else a kernel copies it and both stay
     for target, source in prepared.shared.items():
         owner, _, leaf = target.rpartition(".")
         value = _tensor(model, source)

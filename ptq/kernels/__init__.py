@@ -9,6 +9,7 @@ from ptq.kernels.cpu_two_digit import TwoDigit
 from ptq.kernels.cuda import CudaInt4, CudaInt8Pack, CudaIntMM
 from ptq.kernels.cuda_fp8 import CudaFloat8
 from ptq.kernels.dequantize import DequantizeBlocks
+from ptq.kernels.memory import aligned
 from ptq.kernels.reference import Reference
 from ptq.kernels.resident import Resident
 from ptq.kernels.select import KERNELS, RowRange, row_ranges, select
@@ -32,6 +33,7 @@ __all__ = [
     "Resident",
     "RowRange",
     "TwoDigit",
+    "aligned",
     "quantize_activation",
     "row_ranges",
     "select",

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from ptq.core import QuantizedWeight
 from ptq.kernels.activations import Activation, scaled
+from ptq.kernels.memory import aligned
 from ptq.kernels.spec import LinearSpec, few_rows, floats_reason, int8_reason
+
+# Bytes that addresses must be a multiple of: the op's bfloat16 code crashes at others.
+_CODES_AT, _VALUES_AT = 16, 32
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,13 @@ class Int8Pack:
         scale = weight.scale.float().reshape(1, -1).expand(1, weight.shape[0])
         # A power of two is exact in 16 bits, and keeps the op's result in their range.
         exponent = torch.exp2(scale.abs().log2().floor()).clamp_(min=2.0**-24)
-        return Int8Packed(weight.codes, exponent.reshape(-1).to(_narrow(dtype)), scale / exponent)
+        codes = aligned(weight.codes, _CODES_AT)
+        return Int8Packed(codes, exponent.reshape(-1).to(_narrow(dtype)), scale / exponent)
 
     def linear(self, x: Activation, prepared: Int8Packed, dtype: torch.dtype) -> Tensor:
         values, row_scale = x.as_float(prepared.exponent.dtype)
-        y = torch._weight_int8pack_mm(values.contiguous(), prepared.codes, prepared.exponent)
+        values = aligned(values.contiguous(), _VALUES_AT)
+        y = torch._weight_int8pack_mm(values, prepared.codes, prepared.exponent)
         y = y.float().mul_(prepared.scale)
         return scaled(y, row_scale, dtype)
 

@@ -1,6 +1,7 @@
 """Finding, loading and reading models; nothing here quantizes."""
 
 from ptq.model.blocks import block_lists
+from ptq.model.experts import Experts
 from ptq.model.forget import forget_quantization
 from ptq.model.layers import (
     LayerInfo,
@@ -8,17 +9,25 @@ from ptq.model.layers import (
     check_finite,
     eval_mode,
     read_layers,
-    replace_module,
 )
 from ptq.model.limits import check_tokens, max_positions, require_causal, require_token_ids
 from ptq.model.load import load_float
 from ptq.model.renaming import names_in_model
+from ptq.model.replace import (
+    replace_module,
+    replace_modules,
+    shared_modules,
+    stands_for,
+    take_place,
+)
 from ptq.model.skeleton import fill_computed_buffers, skeleton
 from ptq.model.source import ModelSource, load_model, load_model_config, resolve_device
 from ptq.model.streaming import StreamedModel, stream_model
 from ptq.model.tokenizer import load_tokenizer
+from ptq.model.unfold import fold, folded, unfold, unfolded
 
 __all__ = [
+    "Experts",
     "LayerInfo",
     "ModelSource",
     "StreamedModel",
@@ -28,6 +37,8 @@ __all__ = [
     "check_tokens",
     "eval_mode",
     "fill_computed_buffers",
+    "fold",
+    "folded",
     "forget_quantization",
     "load_float",
     "load_model",
@@ -37,9 +48,15 @@ __all__ = [
     "names_in_model",
     "read_layers",
     "replace_module",
+    "replace_modules",
     "require_causal",
     "require_token_ids",
     "resolve_device",
+    "shared_modules",
     "skeleton",
+    "stands_for",
     "stream_model",
+    "take_place",
+    "unfold",
+    "unfolded",
 ]

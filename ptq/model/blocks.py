@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from ptq.model.unfold import is_foldable
+
 
 def block_lists(model: nn.Module) -> list[list[str]]:
     """Names of the blocks of each outermost ``nn.ModuleList`` whose members hold linear layers.
@@ -22,7 +24,9 @@ def block_lists(model: nn.Module) -> list[list[str]]:
 
 
 def _has_linear(module: nn.Module) -> bool:
-    # A bare nn.Linear is a layer, not a block.
-    return not isinstance(module, nn.Linear) and any(
-        isinstance(child, nn.Linear) for child in module.modules()
-    )
+    # A bare linear layer is a layer, not a block.
+    return not _is_linear(module) and any(_is_linear(child) for child in module.modules())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_foldable(module)

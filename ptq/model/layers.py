@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ptq.core import is_finite
 from ptq.errors import ModelError
+from ptq.model.unfold import is_foldable, stand_ins
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class LayerInfo:
 
     Args:
         name: its (first) name in the model.
-        kind: class name.
+        kind: class name; of a layer within a module of another kind, the name of that one's.
         shape: of its weight, [] if it has none.
         parameters: elements that it owns; those it shares with an earlier module do not count.
         tensors: the parameters and persistent buffers that it owns.
@@ -62,12 +63,15 @@ class LayerInfo:
 
 
 def read_layers(model: nn.Module) -> list[LayerInfo]:
-    """Every module that owns tensors, in order; works on the meta device."""
+    """Every module that owns tensors, in order; works on the meta device.
+
+    In place of what can be unfolded (:mod:`ptq.model.unfold`), the linear layers that it becomes.
+    """
     head, embedding = _end(model, "get_output_embeddings"), _end(model, "get_input_embeddings")
     owners: dict[int, str] = {}
     infos = []
-    for name, module in model.named_modules():
-        tensors = dict(module.named_parameters(recurse=False))
+    for name, module, kind in _unfolded_modules(model):
+        tensors: dict[str, torch.Tensor] = dict(module.named_parameters(recurse=False))
         tensors |= {
             n: b
             for n, b in module.named_buffers(recurse=False)
@@ -76,15 +80,25 @@ def read_layers(model: nn.Module) -> list[LayerInfo]:
         if tensors:
             kept = {n: _float32_in(model, f"{name}.{n}") for n in tensors}
             ends = (module is head, _is_embedding(module, embedding))
-            infos.append(_info(name, module, tensors, kept, owners, *ends))
+            infos.append(_info(name, module, kind, tensors, kept, owners, *ends))
         for tensor in tensors.values():
             owners.setdefault(id(tensor), name)
     return _both_ends(infos)
 
 
+def _unfolded_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every module with its name and kind, as they are in the unfolded model."""
+    linears = stand_ins(model)
+    for name, module in model.named_modules():
+        inside = linears.get(name, nn.Module()).named_modules(prefix=name)
+        for own, part in inside if name in linears else ((name, module),):
+            yield own, part, type(module).__name__
+
+
 def _info(
     name: str,
     module: nn.Module,
+    kind: str,
     tensors: dict[str, torch.Tensor],
     kept: dict[str, tuple[torch.dtype, ...]],
     owners: dict[int, str],
@@ -95,7 +109,7 @@ def _info(
     own = {n: t for n, t in tensors.items() if id(t) not in owners}
     return LayerInfo(
         name=name,
-        kind=type(module).__name__,
+        kind=kind,
         shape=() if weight is None else tuple(weight.shape),
         parameters=sum(t.numel() for t in own.values() if isinstance(t, nn.Parameter)),
         tensors=tuple(
@@ -131,7 +145,12 @@ def _obstacle(module: nn.Module) -> str | None:
         return None
     if isinstance(module, nn.Linear):
         return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
-    return f"{type(module).__name__} is not a linear layer"
+    if is_foldable(module):
+        return "its weight is shared with another module"
+    kind = type(module).__name__
+    if kind.endswith("Experts") and any(p.dim() == 3 for p in module.parameters(recurse=False)):
+        return f"{kind} holds experts in a layout that ptq does not know"
+    return f"{kind} is not a linear layer"
 
 
 def _is_embedding(module: nn.Module, embedding: nn.Module | None) -> bool:
@@ -151,26 +170,6 @@ def _end(model: nn.Module, name: str) -> nn.Module | None:
     except NotImplementedError:  # transformers' models of images and sound
         return None
     return module if isinstance(module, nn.Module) else None
-
-
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` in place of the module called ``name``, under every name that it has."""
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for leaf, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, leaf, new)
-                _leave_fast_path(model, parent)
-
-
-def _leave_fast_path(model: nn.Module, parent: nn.Module) -> None:
-    """torch's fused encoder layer would read float weights and never call the new layer."""
-    if not isinstance(parent, nn.TransformerEncoderLayer):
-        return
-    parent.activation_relu_or_gelu = 0
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
 
 
 def check_finite(model: nn.Module) -> None:

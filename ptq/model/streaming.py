@@ -22,6 +22,7 @@ from ptq.model.renaming import names_in_model
 from ptq.model.shards import stored_dtype, tensor_files
 from ptq.model.skeleton import fill_computed_buffers, skeleton
 from ptq.model.source import ModelSource, load_model_config, resolve_device
+from ptq.model.unfold import folded
 
 _OUTSIDE = ""  # in place of a block's name: what belongs to no block
 
@@ -54,8 +55,9 @@ class StreamedModel:
         """
         files = self.waiting.pop(block, None)
         if files is not None:
-            _read(self.model, files, self.load)
-            _check(self.model, _inside(self.model, block))
+            with folded(self.model.get_submodule(block)):
+                _read(self.model, files, self.load)
+                _check(self.model, _inside(self.model, block))
 
     def fill_layer(self, layer: str) -> None:
         """Fill the block that the layer of this name is in, if it is in one."""

@@ -77,7 +77,8 @@ class _Gain:
     def pull(self) -> None:
         """The gradient of the gain, from that of the weight."""
         gradient = self.state.linear.weight.grad
-        assert gradient is not None
+        if gradient is None:  # no token of the batch reached it (an expert)
+            return
         steps = self.steps()
         product = steps.mul_(gradient.float().reshape(steps.shape))
         self.gain.grad = product.sum(-1, keepdim=True).mul_(self.scale)

@@ -79,7 +79,7 @@ class _Learned:
             self.codes.sub_(self.zero_point)
         weight = self.state.linear.weight
         scale = self.scale * self.gain
-        if weight.dtype == torch.float32:
+        if weight.dtype == torch.float32 and weight.is_contiguous():
             torch.mul(self.codes, scale, out=weight.view(self.codes.shape))
         else:
             weight.copy_((self.codes * scale).view(weight.shape))
@@ -88,8 +88,9 @@ class _Learned:
     def step(self, rate: float, options: LearnedRoundingOptions) -> None:
         """Move against the sign of the gradient; ``show`` was called before."""
         gradient = self.state.linear.weight.grad
-        assert gradient is not None
-        parts = gradient.float().view(self.exact.shape)
+        if gradient is None:  # no token of the batch reached it (an expert)
+            return
+        parts = gradient.float().reshape(self.exact.shape)
         if options.scales:
             # d(weight)/d(scale): straight through the rounding, the code less the exact quotient.
             slope = self.codes.sub_(self.exact / self.gain)

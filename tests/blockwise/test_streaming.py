@@ -7,7 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+)
 
 import ptq
 from ptq.blockwise import Blockwise
@@ -101,13 +109,52 @@ def test_other_requests_are_the_same_too(
     assert_same_files(*checkpoints(sharded(tmp_path / "m"), tiny_texts, tmp_path, **more))
 
 
-def test_fused_experts_are_the_same_too(tiny_texts: tuple[Path, Path], tmp_path: Path) -> None:
+EXPERTS = {
+    "mixtral": lambda: MixtralConfig(**SIZES, num_hidden_layers=2, num_local_experts=3),
+    "gpt_oss": lambda: GptOssConfig(
+        **SIZES, num_hidden_layers=2, num_local_experts=3, num_experts_per_tok=2, head_dim=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [["rtn"], ["gptq"]], ids=str)
+@pytest.mark.parametrize("family", EXPERTS)
+def test_fused_experts_are_the_same_too(
+    family: str, recipe: list[str], tiny_texts: tuple[Path, Path], tmp_path: Path
+) -> None:
     torch.manual_seed(0)
-    config = MixtralConfig(**SIZES, num_hidden_layers=2, num_local_experts=3)
-    model = MixtralForCausalLM._from_config(config)
+    model = AutoModelForCausalLM.from_config(EXPERTS[family]())
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    assert_same_files(*checkpoints(tmp_path / "model", tiny_texts, tmp_path, recipe=["gptq"]))
+    rules = [{"layers": "*.1.mlp.experts.[01].down_proj", "scheme": "float"}]
+    more = {"recipe": recipe, "rules": rules}
+    assert_same_files(*checkpoints(tmp_path / "model", tiny_texts, tmp_path, **more))
+
+
+@pytest.mark.parametrize("recipe", [["rtn"], ["gptq"]], ids=str)
+def test_transposed_weights_are_the_same_too(
+    recipe: list[str], tiny_texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Of Conv1D; those that a rule keeps float are written as they were."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        vocab_size=97,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    model = GPT2LMHeadModel._from_config(config)
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    more = {"recipe": recipe, "rules": [{"layers": "*.0.attn.*", "scheme": "float"}]}
+    assert_same_files(*checkpoints(tmp_path / "model", tiny_texts, tmp_path, **more))
+    stored = load_file(tmp_path / "loaded" / "model.safetensors")
+    name = "transformer.h.0.attn.c_attn.weight"
+    assert torch.equal(stored[name], model.state_dict()[name])
 
 
 def float_blocks(model: nn.Module) -> list[str]:

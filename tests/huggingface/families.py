@@ -19,6 +19,15 @@ _DECODER: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _GROUPED = {**_DECODER, "num_key_value_heads": 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+_ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+_IMAGE = {"image_size": 16, "patch_size": 8}
 _SEQ2SEQ = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "vocab_size": 97}
 
 FAMILIES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
@@ -34,8 +43,48 @@ FAMILIES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
         "AutoModelForCausalLM",
         lambda: transformers.OPTConfig(**_DECODER, ffn_dim=64, word_embed_proj_dim=32),
     ),
+    "gpt2": (
+        "AutoModelForCausalLM",
+        lambda: transformers.GPT2Config(
+            **_ENDS, n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=97
+        ),
+    ),
+    "bloom": (
+        "AutoModelForCausalLM",
+        lambda: transformers.BloomConfig(
+            **_ENDS, hidden_size=32, n_layer=2, n_head=4, vocab_size=97
+        ),
+    ),
+    "gpt_neox": ("AutoModelForCausalLM", lambda: transformers.GPTNeoXConfig(**_DECODER)),
+    "mixtral": (
+        "AutoModelForCausalLM",
+        lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
+    ),
+    "qwen3_moe": (
+        "AutoModelForCausalLM",
+        lambda: transformers.Qwen3MoeConfig(
+            **_GROUPED, head_dim=8, **_EXPERTS, moe_intermediate_size=32, mlp_only_layers=[0]
+        ),
+    ),
+    "gpt_oss": (
+        "AutoModelForCausalLM",
+        lambda: transformers.GptOssConfig(
+            **_GROUPED,
+            head_dim=8,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=8,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+    ),
     "bert": ("AutoModelForMaskedLM", lambda: transformers.BertConfig(**_DECODER)),
     "roberta": ("AutoModelForMaskedLM", lambda: transformers.RobertaConfig(**_DECODER)),
+    "deberta": (
+        "AutoModelForMaskedLM",
+        lambda: transformers.DebertaV2Config(
+            **_DECODER, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8
+        ),
+    ),
     "t5": (
         "AutoModelForSeq2SeqLM",
         lambda: transformers.T5Config(
@@ -69,6 +118,41 @@ FAMILIES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
             patch_size=8,
         ),
     ),
+    "whisper": (
+        "AutoModelForSpeechSeq2Seq",
+        lambda: transformers.WhisperConfig(
+            **_ENDS,
+            decoder_start_token_id=1,
+            begin_suppress_tokens=None,
+            vocab_size=97,
+            num_mel_bins=8,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            max_source_positions=8,
+            max_target_positions=16,
+        ),
+    ),
+    "clip": (
+        "AutoModelForZeroShotImageClassification",
+        lambda: transformers.CLIPConfig(
+            text_config=_TOWER | {"vocab_size": 97, "max_position_embeddings": 16} | _ENDS,
+            vision_config=_TOWER | _IMAGE,
+            projection_dim=32,
+        ),
+    ),
+    "llava": (
+        "AutoModelForImageTextToText",
+        lambda: transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(**_TOWER, **_IMAGE),
+            text_config=transformers.LlamaConfig(**_GROUPED),
+            image_token_index=96,
+        ),
+    ),
 }
 """The Auto class and the configuration of each."""
 
@@ -90,9 +174,19 @@ def float_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 def inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
-    ids = torch.randint(3, 97, (2, 7), generator=generator)
+    kind = model.config.model_type
+    images = {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+    if model.main_input_name == "pixel_values" and kind != "llava":
+        return images
+    ids = torch.randint(3, 96, (2, 7), generator=generator)
+    if kind == "clip":
+        return {"input_ids": ids, **images}
+    if kind == "llava":
+        patches = torch.full((2, 4), model.config.image_token_id)
+        return {"input_ids": torch.cat([patches, ids], 1), **images}
+    if kind == "whisper":
+        sound = torch.randn(2, 8, 16, generator=generator)
+        return {"input_features": sound, "decoder_input_ids": ids[:, :3]}
     extra = {"decoder_input_ids": ids[:, :3]} if model.config.is_encoder_decoder else {}
     return {"input_ids": ids, **extra}
 

@@ -1,5 +1,7 @@
 """Every kernel equals the reference on every spec that it claims to support."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,30 @@ def test_equals_the_reference_where_it_claims_to(
                     continue
                 for x in inputs(m, k, dtype):
                     check(kernel, spec, weight, x)
+
+
+def misaligned(x: torch.Tensor, elements: int = 1) -> torch.Tensor:
+    """The same values in memory that begins in the middle of an aligned piece."""
+    held = torch.empty(x.numel() + elements, dtype=x.dtype)
+    return held[elements:].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", CPU_KERNELS, ids=lambda k: k.name)
+def test_memory_may_begin_anywhere(kernel: Kernel, dtype: torch.dtype) -> None:
+    """As in a file that is mapped; ``_weight_int8pack_mm`` ends the process then."""
+    n, k = 48, 128
+    for weights in WEIGHTS:
+        for activations in ACTIVATIONS:
+            scheme = Scheme.model_validate({"weights": weights, "activations": activations})
+            weight = make_weight(n, k, scheme)
+            if weight is None:
+                continue
+            weight = replace(weight, packed=misaligned(weight.packed))
+            for m in (1, 4, 17):
+                spec = LinearSpec.of(weight, scheme.activations, "cpu", dtype, m)
+                if kernel.supports(spec) is None:
+                    check(kernel, spec, weight, misaligned(inputs(m, k, dtype)[0]))
 
 
 @pytest.mark.parametrize("kernel", [*CPU_KERNELS, *CUDA_KERNELS], ids=lambda k: k.name)

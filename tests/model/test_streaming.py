@@ -13,8 +13,6 @@ from transformers import (
     BertForMaskedLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -25,6 +23,8 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
 )
 
 from ptq.config import ModelConfig
@@ -245,9 +245,10 @@ def test_what_cannot_be_streamed(tmp_path: Path, demo_model: str) -> None:
     tiny_llama().config.save_pretrained(tmp_path / "empty")
     with pytest.raises(UnsupportedError, match="neither model.safetensors nor"):
         stream_model(source(tmp_path / "empty"))
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=64)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    model = ResNetForImageClassification._from_config(config)
     with pytest.raises(UnsupportedError, match="no list of blocks"):
-        stream_model(source(saved(GPT2LMHeadModel._from_config(config), tmp_path / "gpt2")))
+        stream_model(source(saved(model, tmp_path / "resnet")))
 
 
 def test_tensors_that_the_model_does_not_have_are_said(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from ptq.config import QuantizationConfig, as_config
 from ptq.pipeline import run
@@ -32,15 +32,15 @@ KINDS: dict[str, dict[str, Any]] = {
 """What the jobs are, beside the usual."""
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, kind: type[PretrainedConfig] = LlamaConfig, **more: Any) -> None:
     """A model of three blocks, and text."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = kind(
         hidden_size=16, intermediate_size=32, num_hidden_layers=BLOCKS, num_attention_heads=2,
         num_key_value_heads=1, vocab_size=len(WORDS), max_position_embeddings=64,
-        initializer_range=0.2, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        initializer_range=0.2, pad_token_id=0, eos_token_id=1, bos_token_id=None, **more,
     )  # fmt: skip
-    LlamaForCausalLM._from_config(config).save_pretrained(folder / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "text.txt").write_text(tiny_text(300, seed=1))
 

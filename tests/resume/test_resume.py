@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
 from ptq.errors import CheckpointError
 from ptq.model import StreamedModel
@@ -124,6 +125,19 @@ def test_killed_at_many_writes_it_gives_the_same_bits(
     assert bool(rotated) == (TURNED in more.get("recipe", ()))
     for key in ("notes", "remedies"):
         assert report.sections["recipe"][key] == whole.sections["recipe"][key]
+
+
+@pytest.mark.parametrize("kind", ["streamed", "distilled"])
+def test_blocks_of_experts_are_put_back(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(tmp_path, MixtralConfig, num_local_experts=3)
+    kill, more = die_at(monkeypatch), KINDS[kind]
+    done(job(tmp_path, "out-whole", **more))
+    config = job(tmp_path, "out", **more)
+    assert ended(config, 18 if kind == "streamed" else 10, kill) is None
+    assert "going on after model.layers." in notes(done(config))
+    assert result(tmp_path, "out") == result(tmp_path, "out-whole")
 
 
 @pytest.mark.parametrize("kind", ["distilled", "rotated, distilled"])

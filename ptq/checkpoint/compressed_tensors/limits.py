@@ -5,7 +5,7 @@ weights go to the Marlin kernels. It was not run here.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from ptq.checkpoint.compressed_tensors.groups import layout_for
 from ptq.errors import UnsupportedError
 from ptq.formats import IntFormat
+from ptq.model import Experts, stands_for
 from ptq.modules import QuantEmbedding, QuantLinear
 
 GROUP_SIZES = (32, 64, 128)
@@ -61,6 +62,28 @@ def check_format(modules: Mapping[str, QuantLinear | QuantEmbedding]) -> dict[st
             )
         layers[name] = module
     return layers
+
+
+def check_kinds(model: nn.Module, layers: Iterable[str]) -> None:
+    """Whether each of these quantized layers was an ``nn.Linear``.
+
+    Raises:
+        UnsupportedError: it was not; the layer is named.
+    """
+    experts = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+    for name in layers:
+        origin = stands_for(model.get_submodule(name))
+        if origin is not None:
+            kind = type(origin).__name__
+        elif any(name.startswith(f"{owner}.") for owner in experts):
+            kind = "part of fused experts"
+        else:
+            continue
+        raise _refusal(
+            name,
+            f"is {kind} in the float model, which no reader of compressed-tensors expects",
+            "save it with ptq.save, or leave it float",
+        )
 
 
 def check_vllm(model: nn.Module, layers: Mapping[str, QuantLinear]) -> None:

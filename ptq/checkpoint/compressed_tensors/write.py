@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ptq.checkpoint.atomic import replacing
 from ptq.checkpoint.compressed_tensors.groups import layout_for, quantization_config
 from ptq.checkpoint.compressed_tensors.layer import stored_tensors
-from ptq.checkpoint.compressed_tensors.limits import check_format, check_vllm
+from ptq.checkpoint.compressed_tensors.limits import check_format, check_kinds, check_vllm
 from ptq.checkpoint.compressed_tensors.read import read
 from ptq.checkpoint.shard import Elsewhere, dtype_name
 from ptq.checkpoint.shards import write_shards
@@ -63,6 +63,7 @@ def write(
     layers = check_format(quantized_modules(model))
     if not layers:
         raise CheckpointError(f"nothing in this {type(model).__name__} is quantized")
+    check_kinds(model, layers)
     if engine == "vllm":
         check_vllm(model, layers)
     dtype = _model_dtype(model) if scales == "model" else None
