@@ -318,13 +318,13 @@ class KVCacheConfig(Section):
     """How keys and values [batch, heads, tokens, head_dim] are kept while a model generates.
 
     Keys have channels of large magnitude, values do not: keys are quantized per channel, values per
-    token (Liu et al. 2024, KIVI, section 3). The defaults depend on ``bits``: int8 is symmetric,
-    per token, without a window; int4 has zero points, keys per channel and a window of 64.
+    token (Liu et al. 2024, KIVI, section 3). The defaults depend on ``bits``: int8 is symmetric and
+    without a window; int4 has zero points and a window of 64.
     """
 
     bits: Literal[4, 8] = Field(8, description="of a code")
     keys: Literal["token", "channel"] = Field(
-        "token",
+        "channel",
         description="token: channels of a token share a scale; channel: tokens of a channel do",
     )
     values: Literal["token", "channel"] = Field("token", description="likewise")
@@ -345,8 +345,8 @@ class KVCacheConfig(Section):
     def _defaults(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        few = {"keys": "channel", "symmetric": False, "window": 64}
-        data = {**(few if data.get("bits") == 4 else {}), **data}
+        few = {"symmetric": False, "window": 64} if data.get("bits") == 4 else {}
+        data = {"keys": "channel", **few, **data}
         for name in ("key", "value"):
             if data.get(f"{name}s") == "channel" and data.get(f"{name}_group_size") is None:
                 data[f"{name}_group_size"] = 64

@@ -2,9 +2,10 @@
 """Measure quantized key-value caches: perplexity through them, their bytes, and decoding speed.
 
 Perplexity is that of the float model with the quantized cache against the float model without
-one, on the same windows. Speed is of bfloat16 decoding, --tokens one after the other behind a
-prompt, quantizing included; the caches take turns in one process, so a machine that slows down
-slows all of them. The spread is the 10th to 90th percentile of the turns' ratios.
+one, on the same windows. Bytes are those of a bfloat16 model. Speed is of bfloat16 decoding,
+--tokens one after the other behind a prompt, quantizing included; the caches take turns in one
+process, so a machine that slows down slows all of them. The spread is the 10th to 90th percentile
+of the turns' ratios.
 """
 
 import argparse
@@ -78,10 +79,24 @@ def perplexities(options: argparse.Namespace, console: Console) -> list[dict[str
                     "settings": settings.model_dump(mode="json"),
                     "kind": str(settings),
                     **found.to_dict(),
+                    "cache": bfloat16_size(model, cache, options.context),
                 }
             )
             console.say(found)
     return rows
+
+
+@torch.no_grad()
+def bfloat16_size(model: Any, cache: Any, tokens: int) -> Any:
+    """What the cache of a bfloat16 model holds, from a run without values on the meta device."""
+    import ptq
+    from ptq.model import skeleton
+
+    empty = skeleton(copy.deepcopy(model.config), torch.bfloat16)
+    made = ptq.QuantizedCache(model.config, **cache_config(cache).model_dump())
+    ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
+    empty(input_ids=ids, past_key_values=made, use_cache=True)
+    return made.size().to_dict()
 
 
 def decode(model: Any, ids: Tensor, filled: Any) -> float:
@@ -134,7 +149,7 @@ def speed_line(row: dict[str, Any]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| cache | perplexity ratio [95%] | KL mean | top-1 agreement | of bfloat16's bytes |",
+        "| cache | perplexity ratio [95%] | KL mean | top-1 agreement | bytes, of bfloat16's |",
         "|---|---|---|---|---|",
     ]
     lines += [

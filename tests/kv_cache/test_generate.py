@@ -33,7 +33,7 @@ MODELS = {
         **SEQ2SEQ, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
     ),
 }  # fmt: skip
-CACHES = ["int8", {"bits": 4, "window": 5, "key_group_size": 8}]
+CACHES = [{"bits": 8, "keys": "token"}, {"bits": 4, "window": 5, "key_group_size": 8}]
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3, "num_return_sequences": 2},

@@ -104,7 +104,7 @@ def test_evaluation_through_the_cache_scores_what_generation_would() -> None:
 
 
 def test_without_a_window_evaluation_is_exactly_what_generation_reads() -> None:
-    model = quantize_cache(tiny_llama(), "int8")
+    model = quantize_cache(tiny_llama(), {"bits": 8, "keys": "token"})
     window = windows(1).sequences[0]
     found = ptq.evaluate(model, windows(1), through_cache=True)
     cache, loss = new_cache(model), 0.0
@@ -149,8 +149,9 @@ def test_a_run_keeps_and_measures_it(
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert written["config"]["kv_cache"]["bits"] == 8
     found = written["kv_cache"]
-    # 2 layers x 2 heads x (keys and values) of 8 channels: a byte each and one for the scale.
-    assert found["cache"]["bytes_per_token"] == 2 * 2 * 2 * (8 + 1)
+    # 2 layers x 2 heads of 8 channels, a byte for each; a byte for the scale of a channel's keys in
+    # 64 tokens, which is the context, and for that of a token's values.
+    assert found["cache"]["bytes_per_token"] == 2 * 2 * (8 + 8 / 64 + 8 + 1)
     assert found["cache"]["bfloat16_bytes_per_token"] == 2 * 2 * 2 * 8 * 2
     assert found["ratio"] == pytest.approx(
         found["quantized_perplexity"] / found["float_perplexity"]
@@ -191,6 +192,6 @@ def test_quantize_takes_it_along() -> None:
     assert model.config.quantization_config.to_dict()["kv_cache"]["bits"] == 8
     with pytest.raises(UnsupportedError, match="does not divide"):
         ptq.quantize(
-            tiny_llama(), {"scheme": "w8a16", "kv_cache": {"bits": 8, "key_group_size": 9}},
+            tiny_llama(), {"scheme": "w8a16", "kv_cache": {"bits": 8, "value_group_size": 9}},
             console=QUIET,
         )  # fmt: skip

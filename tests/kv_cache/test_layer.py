@@ -13,8 +13,9 @@ from ptq.kv_cache.layer import QuantizedLayer
 from tests.kv_cache.reference import FakeLayer
 
 INT4 = {"bits": 4, "window": 6, "key_group_size": 8}
+TOKENS = {"bits": 8, "keys": "token"}
 SETTINGS = [
-    {"bits": 8},
+    TOKENS,
     {"bits": 4, "keys": "token", "window": 3, "value_group_size": 8},
     INT4,
     {**INT4, "window": 0},
@@ -88,8 +89,8 @@ def test_without_a_window_it_does_not_matter_in_what_pieces_tokens_come(
     sliding_window: int | None,
 ) -> None:
     pair = tokens(30)
-    (*_, found) = fed(layer({"bits": 8}, sliding_window), pair, [1] * 30)
-    (whole,) = fed(layer({"bits": 8}, sliding_window), pair, [30])
+    (*_, found) = fed(layer(TOKENS, sliding_window), pair, [1] * 30)
+    (whole,) = fed(layer(TOKENS, sliding_window), pair, [30])
     visible = found[0].shape[2]
     assert torch.equal(found[0], whole[0][:, :, -visible:])
     assert torch.equal(found[1], whole[1][:, :, -visible:])
@@ -191,7 +192,7 @@ def test_crop_takes_whole_groups_and_refuses_parts() -> None:
 
 
 def test_crop_of_a_full_sliding_window_needs_the_past() -> None:
-    made = layer({"bits": 8}, 21)
+    made = layer(TOKENS, 21)
     fed(made, tokens(30), [30])
     with pytest.raises(UnsupportedError, match="window of 21 tokens is full .*activate_past"):
         made.crop(-1)
@@ -200,4 +201,4 @@ def test_crop_of_a_full_sliding_window_needs_the_past() -> None:
 
 def test_heads_are_checked_when_they_come() -> None:
     with pytest.raises(UnsupportedError, match="key_group_size 12 does not divide .* 16 channels"):
-        layer({"bits": 8, "key_group_size": 12}).update(*tokens(3))
+        layer({**TOKENS, "key_group_size": 12}).update(*tokens(3))
