@@ -16,8 +16,8 @@ class QuantizedLayer(DynamicLayer):
 
     Tokens are quantized once, when ``window`` newer ones and a whole group are there, after the
     attention has seen them in float: 64 to 127 tokens are float with a window and groups of 64
-    (Liu et al. 2024, KIVI, section 3.2). Without a window the attention reads what is kept, so that
-    it does not matter in what pieces tokens come.
+    (Liu et al. 2024, KIVI, section 3.2). Without a window the attention reads what is kept, so it
+    does not matter in what pieces tokens come, as long as they are whole groups.
 
     With ``sliding_window`` only the tokens that the next one can see are kept, and what fills up a
     group; all of them stay float if that is no more than the float window and one group.
