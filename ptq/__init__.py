@@ -10,6 +10,7 @@ The story, in the order in which it is told::
     ptq.explain(model)                        # which kernel serves which layer, and why
     ptq.tune(model)                           # measure the kernels here, use the fastest
     ptq.compile(model)                        # model.generate decodes through one compiled graph
+    ptq.quantize_cache(model, "int4")         # model.generate keeps keys and values as integers
     ptq.evaluate(model, "text.txt", tokenizer=tokenizer)  # perplexity
     ptq.save(model, "out", tokenizer=tokenizer)  # safetensors and a manifest with hashes
     model = ptq.load("out")                   # every tensor checked
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from ptq.evaluation import evaluate
+    from ptq.kv_cache import QuantizedCache, quantize_cache
     from ptq.model import load_float
     from ptq.modules import QuantEmbedding, QuantLinear
     from ptq.pipeline import quantize, run
@@ -55,6 +57,7 @@ _HOME = {
     "PTQError": "ptq.errors",
     "QuantEmbedding": "ptq.modules",
     "QuantLinear": "ptq.modules",
+    "QuantizedCache": "ptq.kv_cache",
     "QuantizationConfig": "ptq.config",
     "Scheme": "ptq.config",
     "UnsupportedError": "ptq.errors",
@@ -67,6 +70,7 @@ _HOME = {
     "load_float": "ptq.model",
     "plan": "ptq.planning",
     "quantize": "ptq.pipeline",
+    "quantize_cache": "ptq.kv_cache",
     "run": "ptq.pipeline",
     "save": "ptq.checkpoint",
     "tune": "ptq.tuning",
@@ -81,6 +85,7 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "QuantizationConfig",
+    "QuantizedCache",
     "Scheme",
     "UnsupportedError",
     "compile",
@@ -92,6 +97,7 @@ __all__ = [
     "load_float",
     "plan",
     "quantize",
+    "quantize_cache",
     "run",
     "save",
     "tune",

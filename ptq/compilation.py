@@ -12,6 +12,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from ptq.compiled_step import CompiledStep
 from ptq.errors import ConfigError, UnsupportedError
 from ptq.kernels import row_ranges, select
+from ptq.kv_cache import cache_settings
 from ptq.model import eval_mode, max_positions
 from ptq.modules import QuantLinear, join, readers_of_one_tensor
 
@@ -46,8 +47,8 @@ def compile_model(
         The model.
 
     Raises:
-        UnsupportedError: there is no C++ compiler for a model on the CPU, or the model has no
-            key-value cache of fixed size.
+        UnsupportedError: there is no C++ compiler for a model on the CPU, the model has no
+            key-value cache of fixed size, or its cache is quantized.
         ConfigError: ``max_length`` or ``batch_size`` is out of range.
     """
     _require_compiler(model)
@@ -105,6 +106,11 @@ def _compile_generation(model: Any, max_length: int | None, batch_size: int) -> 
         raise ConfigError(f"max_length {max_length}: choose {_WARM_TOKENS + 1} to {limit}")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size {batch_size}: at least 1")
+    if cache_settings(model) is not None:
+        raise UnsupportedError(
+            "compiled decoding has a float cache of fixed size, and this model's is quantized; "
+            "call ptq.quantize_cache(model, None) first"
+        )
     if not model._can_compile_fullgraph:
         raise UnsupportedError(
             f"{type(model).__name__} does not support a cache of fixed size in transformers; "

@@ -44,6 +44,7 @@ from ptq.evaluation import (
     require_generation,
     sample,
 )
+from ptq.kv_cache import check_cache, quantize_cache
 from ptq.model import (
     ModelSource,
     StreamedModel,
@@ -147,6 +148,8 @@ def _quantize(
     start = time.perf_counter()
     made = plan(model, config)
     recipe = make_recipe(config.recipe, config.scheme)
+    if config.kv_cache is not None:
+        check_cache(model, config.kv_cache)
     if _needs_data(made, recipe) and calibration is None:
         tokens = _calibration_tokens(config, recipe, tokenizer)
         calibration = _calibration_batches(config, recipe, tokens, tokenizer)
@@ -157,6 +160,8 @@ def _quantize(
             model, made, recipe, config, calibration, console, streamed, store
         )
     quantize_embeddings(model, made.embeddings, made.sharing)
+    if config.kv_cache is not None:
+        quantize_cache(model, config.kv_cache)
     checkpoint.declare_quantized(model)
     seconds = time.perf_counter() - start
     return QuantizationResult(
@@ -401,6 +406,8 @@ class _Job:
             self._check_streaming()
         self.report.sections["plan"] = self.plan.to_dict()
         self.console.say(self.plan.table(full))
+        if self.config.kv_cache is not None:
+            self.console.say(f"key-value cache: {self.config.kv_cache}")
 
     def _check_model(self, empty: nn.Module) -> None:
         """Whether a model of this kind can do what the sections ask."""
@@ -417,6 +424,8 @@ class _Job:
             require_causal(empty)
         if self.config.generation is not None:
             require_generation(empty)
+        if self.config.kv_cache is not None:
+            check_cache(empty, self.config.kv_cache)
 
     def _check_streaming(self) -> None:
         """Whether everything that is asked for can be done one block at a time."""
@@ -651,7 +660,18 @@ class _Job:
             result = compare(model, self.evaluation, reference, progress=bar)
             self.report.sections["evaluation"] = result.to_dict()
             self.console.say(result)
+            self._measure_cache(model, self.evaluation, reference)
         self._sample(model, "quantized")
+
+    def _measure_cache(self, model: nn.Module, data: TokenSet, reference: ReferenceLogits) -> None:
+        """The same comparison through the quantized cache, and its bytes."""
+        if self.config.kv_cache is None:
+            return
+        self.console.stage("evaluate through the quantized cache")
+        bar = self.console.bar("window")
+        result = compare(model, data, reference, through_cache=True, progress=bar)
+        self.report.sections["kv_cache"] = result.to_dict()
+        self.console.say(result)
 
     def _sample(self, model: nn.Module, key: str) -> None:
         section = self.config.generation

@@ -49,6 +49,7 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     from ptq.calibrate import evaluation_windows
     from ptq.config import EvaluationConfig, ModelConfig
     from ptq.errors import ModelError
+    from ptq.kv_cache import cache_settings
     from ptq.model import ModelSource, load_model, load_tokenizer, resolve_device
 
     console.stage("load")
@@ -69,8 +70,16 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     console.stage("evaluate")
     result = ptq.evaluate(model, tokens, reference=reference, progress=console.bar("window"))
     console.say(result)
+    figures = result.to_dict()
+    if cache_settings(model) is not None:
+        console.stage("evaluate through the quantized cache")
+        cached = ptq.evaluate(
+            model, tokens, reference=reference, through_cache=True, progress=console.bar("window")
+        )
+        console.say(cached)
+        figures["kv_cache"] = cached.to_dict()
     if options.json:
-        options.json.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ RANKS = {
     "errors": 0, "formats": 0, "core": 1,
     "config": 2,
     "plugins": 3, "kernels": 4, "observers": 4, "model": 4,
-    "modules": 5,
+    "modules": 5, "kv_cache": 5,
     "calibrate": 6, "algorithms": 6,
     "transforms": 7, "refine": 7, "swap": 7, "planning": 7,
     "recipe": 8,

@@ -288,3 +288,47 @@ def test_tokenizer_of_a_checkpoint_is_the_models(checkpoint: Path) -> None:
 
     loaded = load_tokenizer(ModelSource(str(checkpoint), None, ModelConfig(id="-")))
     assert loaded("w5 w6")["input_ids"] == tiny_tokenizer()("w5 w6")["input_ids"]
+
+
+def test_bench_kv_cache(
+    tiny_model: Path,
+    tiny_texts: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    figures = tmp_path / "figures.json"
+    arguments = ["--model", str(tiny_model), "--data", str(tiny_texts[1]), "--context", "128"]
+    arguments += ["--windows", "2", "--caches", "int8", "{bits: 4, window: 32, key_group_size: 32}"]
+    arguments += ["--decode-after", "40", "--tokens", "2", "--seconds", "0", "--json", str(figures)]
+    assert script("bench_kv_cache").main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "| int8 symmetric, keys per channel in groups of 64, values per token" in shown
+    found = json.loads(figures.read_text())
+    eight, four = found["quality"]
+    # 2 layers x 2 heads of 8 channels. int8: a byte for each, and a scale for 64 keys or a value.
+    assert eight["cache"]["nbytes"] == 2 * 2 * 128 * (8 + 8 / 64 + 8 + 1)
+    # int4: 32 tokens in bfloat16; of the others half a byte, and two for scale and zero point.
+    old = 96 * (4 + 2 * 8 / 32 + 4 + 2)
+    assert four["cache"]["nbytes"] == 2 * 2 * (32 * 2 * 8 * 2 + old)
+    assert eight["kl_mean"] < four["kl_mean"]
+    assert [(row["name"], row["after"]) for row in found["speed"]][:2] == [
+        ("bfloat16", 40), ("int8", 40),
+    ]  # fmt: skip
+
+
+def test_evaluate_model_reads_the_quantized_cache(
+    tiny_model: Path,
+    tiny_texts: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, tokenizer = ptq.load_float(str(tiny_model))
+    ptq.quantize(model, {"scheme": "w8a16", "kv_cache": "int8"})
+    ptq.save(model, tmp_path / "out", tokenizer=tokenizer)
+    figures = tmp_path / "figures.json"
+    arguments = [str(tmp_path / "out"), "--data", str(tiny_texts[1]), "--context", "64"]
+    assert script("evaluate_model").main([*arguments, "--json", str(figures)]) == 0
+    assert "read from the quantized cache" in capsys.readouterr().out
+    found = json.loads(figures.read_text())
+    assert found["kv_cache"]["cache"]["tokens"] == 64
+    assert found["kv_cache"]["perplexity"] != found["perplexity"]

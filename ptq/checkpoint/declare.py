@@ -8,6 +8,7 @@ from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
 from ptq.checkpoint.description import describe
 from ptq.checkpoint.tensors import distinct_tensors
+from ptq.kv_cache import cache_settings
 from ptq.modules import quantized_modules
 
 
@@ -24,7 +25,8 @@ def declare_quantized(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel) or not modules:
         return
     _, aliases = distinct_tensors(model, model.state_dict().keys())
-    section = describe({name: module.scheme for name, module in modules.items()}, aliases)
+    schemes = {name: module.scheme for name, module in modules.items()}
+    section = describe(schemes, aliases, cache_settings(model))
     config: Any = AutoQuantizationConfig.from_dict(section)
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config)

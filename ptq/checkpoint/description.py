@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from ptq.checkpoint.manifest import FORMAT_VERSION, Entry
-from ptq.config import Scheme
+from ptq.config import KVCacheConfig, Scheme
 from ptq.errors import CheckpointError
 
 _SECTION = "quantization_config"
@@ -29,12 +29,14 @@ class Description(Entry):
 
     Args:
         aliases: as in the manifest: further names of stored tensors, each to the stored name.
+        kv_cache: how ``model.generate`` keeps keys and values; written only where not in float.
     """
 
     quant_method: Literal["ptq"]
     format_version: int
     groups: tuple[Group, ...]
     aliases: dict[str, str]
+    kv_cache: KVCacheConfig | None = None
 
     @property
     def schemes(self) -> dict[str, Scheme]:
@@ -42,8 +44,12 @@ class Description(Entry):
         return {layer: group.scheme for group in self.groups for layer in group.layers}
 
 
-def describe(schemes: Mapping[str, Scheme], aliases: Mapping[str, str]) -> dict[str, Any]:
-    """The section for layers of these schemes, as JSON values."""
+def describe(
+    schemes: Mapping[str, Scheme],
+    aliases: Mapping[str, str],
+    kv_cache: KVCacheConfig | None = None,
+) -> dict[str, Any]:
+    """The section for layers of these schemes, and this cache, as JSON values."""
     groups: list[tuple[Scheme, list[str]]] = []
     for layer, scheme in schemes.items():
         same = next((names for known, names in groups if known == scheme), None)
@@ -56,7 +62,17 @@ def describe(schemes: Mapping[str, Scheme], aliases: Mapping[str, str]) -> dict[
         format_version=FORMAT_VERSION,
         groups=tuple(Group(scheme=s, layers=tuple(names)) for s, names in groups),
         aliases=dict(aliases),
-    ).model_dump(mode="json")
+        kv_cache=kv_cache,
+    ).model_dump(mode="json", exclude={"kv_cache"} if kv_cache is None else None)
+
+
+def read_cache(section: Mapping[str, Any], path: Path) -> KVCacheConfig | None:
+    """What the section of the config.json at ``path`` says of the cache, None for float.
+
+    Raises:
+        CheckpointError: it says something, and the section is damaged.
+    """
+    return read_description(section, path).kv_cache if "kv_cache" in section else None
 
 
 def read_description(section: Mapping[str, Any], path: Path) -> Description:

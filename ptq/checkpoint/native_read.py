@@ -11,12 +11,15 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from ptq.checkpoint.atomic import recover
 from ptq.checkpoint.contents import check_file, check_tensor, checked_header
 from ptq.checkpoint.declare import declare_quantized
+from ptq.checkpoint.description import read_cache
+from ptq.checkpoint.foreign import quantization_of
 from ptq.checkpoint.manifest import CONFIG, GENERATION_CONFIG, INDEX, Manifest
 from ptq.checkpoint.manifest_read import check_index, read_manifest
 from ptq.checkpoint.paths import inside
 from ptq.checkpoint.shard import Stored, read_tensors
 from ptq.checkpoint.slots import check_fit, empty_layers, slots
 from ptq.errors import CheckpointError, UnsupportedError
+from ptq.kv_cache import attach_cache
 from ptq.model import fill_computed_buffers, replace_modules, skeleton, unfolded
 from ptq.modules import share_inputs, tie_shared
 
@@ -37,6 +40,7 @@ def load(
         if verify and name in manifest.files:
             check_file(root, name, manifest)
     headers = {shard: checked_header(root, shard, manifest) for shard in manifest.shards}
+    cache = read_cache(quantization_of(root), root / CONFIG)
     model = _empty_model(root, manifest) if model is None else model
     with unfolded(model, manifest.layers):
         layers = empty_layers(model, manifest.layers)
@@ -49,6 +53,8 @@ def load(
     fill_computed_buffers(model, device)
     if isinstance(model, PreTrainedModel) and GENERATION_CONFIG in manifest.files:
         model.generation_config = generation_config(root)
+    if isinstance(model, PreTrainedModel) and cache is not None:
+        attach_cache(model, cache)
     declare_quantized(model)
     return model.to(device).eval()
 

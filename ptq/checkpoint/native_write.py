@@ -23,6 +23,7 @@ from ptq.checkpoint.target import check_target
 from ptq.checkpoint.tensors import distinct_tensors
 from ptq.config import QuantizationConfig
 from ptq.errors import CheckpointError
+from ptq.kv_cache import cache_settings
 
 
 def save(
@@ -67,7 +68,8 @@ def save(
         if not target.parent.is_dir():
             target.parent.mkdir(parents=True)
         with replacing(target, overwrite) as tmp:
-            section = describe({name: entry.scheme for name, entry in layers.items()}, aliases)
+            schemes = {name: entry.scheme for name, entry in layers.items()}
+            section = describe(schemes, aliases, cache_settings(model))
             extra = extra_files or {}
             write_side_files(model, tmp, section, tokenizer, extra, carried or {})
             entries = write_shards(tensors, tmp, shard_bytes, total, elsewhere)

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from ptq.calibrate import TokenSet, evaluation_windows
 from ptq.config import EvaluationConfig, make_section
 from ptq.errors import CalibrationError
+from ptq.evaluation.cached import CachedLogits
 from ptq.evaluation.logits import ReferenceLogits, window_logits
 from ptq.evaluation.result import Evaluation, Perplexity, Protocol
 from ptq.evaluation.statistics import TokenStatistics, nll, ratio_interval
+from ptq.kv_cache import CacheSize
 from ptq.model import check_tokens, require_causal
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -28,6 +30,7 @@ def evaluate(
     reference: nn.Module | ReferenceLogits | None = None,
     windows: int = 16,
     context: int = 512,
+    through_cache: bool = False,
     progress: Progress = iter,
 ) -> Evaluation | Perplexity:
     """Perplexity of a causal language model; with ``reference``, also its distance from it.
@@ -40,10 +43,12 @@ def evaluate(
         reference: the float model, or its recorded logits of the same windows.
         windows: at most so many are scored.
         context: tokens a window.
+        through_cache: the model reads its quantized cache (:func:`ptq.quantize_cache`), as when it
+            generates; else the attention of a window sees float keys and values.
 
     Raises:
         CalibrationError: the data cannot be used.
-        ConfigError: ``windows`` or ``context`` is out of range.
+        ConfigError: ``windows`` or ``context`` is out of range, or there is no quantized cache.
         UnsupportedError: a model has no next-token logits.
     """
     if not isinstance(data, TokenSet):
@@ -59,17 +64,20 @@ def evaluate(
         )
         data = evaluation_windows(config, tokenizer)
     if reference is not None:
-        return compare(model, data, reference, progress=progress)
+        return compare(model, data, reference, through_cache=through_cache, progress=progress)
     _check(model, data)
+    cached = CachedLogits(model) if through_cache else None
+    logits_of = cached or window_logits
     lengths = _scored(data)
     losses = torch.empty(sum(lengths))  # whole from the start, as in TokenStatistics
     places = torch.split(losses, lengths)
     for index in progress(range(len(data.sequences))):
         window = data.sequences[index]
-        logits = window_logits(model, window)
+        logits = logits_of(model, window)
         places[index].copy_(nll(logits, window[1:].to(logits.device)))
     perplexity = math.exp(losses.double().mean().item())
-    return Perplexity(perplexity, _protocol(data, None, model))
+    size = None if cached is None else cached.size
+    return Perplexity(perplexity, _protocol(data, None, model), size)
 
 
 def compare(
@@ -77,21 +85,28 @@ def compare(
     data: TokenSet,
     reference: nn.Module | ReferenceLogits,
     *,
+    through_cache: bool = False,
     progress: Progress = iter,
 ) -> Evaluation:
     """Compare a model with the float model, window by window.
 
+    Args:
+        through_cache: as in :func:`evaluate`; of the model, not of the reference.
+
     Raises:
+        ConfigError: there is no quantized cache.
         CalibrationError: a model cannot take the windows, or they differ in vocabulary.
         UnsupportedError: a model has no next-token logits.
     """
     _check(model, data)
     if isinstance(reference, nn.Module):
         _check(reference, data)
+    cached = CachedLogits(model) if through_cache else None
+    logits_of = cached or window_logits
     found = TokenStatistics(_scored(data))
     for index in progress(range(len(data.sequences))):
         window = data.sequences[index]
-        logits = window_logits(model, window)
+        logits = logits_of(model, window)
         expected = _reference_logits(reference, index, window, logits)
         if expected.shape != logits.shape:
             raise CalibrationError(
@@ -100,7 +115,8 @@ def compare(
             )
         found.add(expected, logits, window[1:].to(logits.device))
     float_dtype = reference.dtype if isinstance(reference, ReferenceLogits) else _dtype(reference)
-    return _result(found, _protocol(data, float_dtype, model))
+    size = None if cached is None else cached.size
+    return _result(found, _protocol(data, float_dtype, model), size)
 
 
 def _check(model: nn.Module, data: TokenSet) -> None:
@@ -122,7 +138,7 @@ def _reference_logits(
     return window_logits(reference, window).to(like.device)
 
 
-def _result(found: TokenStatistics, protocol: Protocol) -> Evaluation:
+def _result(found: TokenStatistics, protocol: Protocol, cache: CacheSize | None) -> Evaluation:
     pairs = zip(found.quantized_nll, found.float_nll, strict=True)
     low, high = ratio_interval([q - f for q, f in pairs])
     before = torch.cat(found.float_nll).double().mean().item()
@@ -138,6 +154,7 @@ def _result(found: TokenStatistics, protocol: Protocol) -> Evaluation:
         kl_p99=_percentile(divergence, 0.99),
         top1_agreement=torch.cat(found.agreement).double().mean().item(),
         protocol=protocol,
+        cache=cache,
     )
 
 

@@ -37,13 +37,25 @@ def window_logits(model: nn.Module, window: Tensor) -> Tensor:
         options["use_cache"] = False
     with eval_mode(model):
         output = model(input_ids=window[None].to(parameter.device), **options)
+    return checked_logits(model, output, window)[0, :-1]
+
+
+def checked_logits(model: nn.Module, output: Any, window: Tensor) -> Tensor:
+    """Logits [B, T, V] of a model's output.
+
+    Args:
+        window: the token ids, for the error.
+
+    Raises:
+        UnsupportedError: there are none.
+        ModelError: NaN or Inf in them.
+    """
     logits = getattr(output, "logits", None)
     if logits is None or logits.dim() != 3:
         raise UnsupportedError(
             f"{type(model).__name__} gives no next-token logits: perplexity needs a causal "
             "language model; remove the evaluation section for this one"
         )
-    logits = logits[0, :-1]
     if not is_finite(logits):
         raise ModelError(
             f"{type(model).__name__} gives NaN or Inf logits for {window.tolist()[:8]}..."

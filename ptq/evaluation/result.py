@@ -5,6 +5,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ptq.kv_cache import CacheSize
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -38,6 +40,7 @@ class Evaluation:
         ratio: quantized over float perplexity, with its 95% confidence interval.
         kl_mean, kl_p99: KL(float || quantized) in nats, over the scored tokens.
         top1_agreement: share of tokens where both models rank the same token first.
+        cache: what the quantized cache held at the end of a window; None if none was read.
     """
 
     float_perplexity: float
@@ -49,12 +52,13 @@ class Evaluation:
     kl_p99: float
     top1_agreement: float
     protocol: Protocol
+    cache: CacheSize | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: an interval without an upper end has None there."""
         found = asdict(self)
         found["ratio_high"] = self.ratio_high if math.isfinite(self.ratio_high) else None
-        return found
+        return _with_cache(found, self.cache)
 
     def _rows(self) -> list[tuple[str, str]]:
         p = self.protocol
@@ -66,6 +70,7 @@ class Evaluation:
             ("KL divergence, 99th percentile", f"{self.kl_p99:.4f} nats"),
             ("top-1 agreement", f"{100 * self.top1_agreement:.2f}%"),
             ("tokens scored", f"{p.tokens_scored:,} in {p.windows} windows of {p.context}"),
+            *_cache_row(self.cache),
         ]
 
     def __str__(self) -> str:
@@ -81,15 +86,17 @@ class Perplexity:
 
     perplexity: float
     protocol: Protocol
+    cache: CacheSize | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return _with_cache(asdict(self), self.cache)
 
     def _rows(self) -> list[tuple[str, str]]:
         p = self.protocol
         return [
             (f"perplexity ({p.dtype})", f"{self.perplexity:.3f}"),
             ("tokens scored", f"{p.tokens_scored:,} in {p.windows} windows of {p.context}"),
+            *_cache_row(self.cache),
         ]
 
     def __str__(self) -> str:
@@ -97,6 +104,16 @@ class Perplexity:
 
     def _repr_html_(self) -> str:
         return _table(self._rows())
+
+
+def _with_cache(found: dict[str, Any], cache: CacheSize | None) -> dict[str, Any]:
+    """The dictionary with the cache's figures, where one was read."""
+    del found["cache"]
+    return found if cache is None else {**found, "cache": cache.to_dict()}
+
+
+def _cache_row(cache: CacheSize | None) -> list[tuple[str, str]]:
+    return [] if cache is None else [("read from the quantized cache", str(cache))]
 
 
 def _text(rows: list[tuple[str, str]]) -> str:

@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 
 from ptq.checkpoint.description import Description, read_description
 from ptq.checkpoint.manifest import CONFIG
+from ptq.config import KVCacheConfig
 from ptq.errors import CheckpointError
 from ptq.huggingface.contents import Contents, read_contents
 from ptq.huggingface.naming import as_saved, name_in
 from ptq.kernels import aligned
+from ptq.kv_cache import attach_cache
 from ptq.model import replace_modules, unfold, unfolded
 from ptq.modules import QuantEmbedding, QuantLinear, share_inputs, tie_shared
 
@@ -30,11 +32,13 @@ class Prepared:
         exact: names of the tensors that must have the very dtype that they have in the files.
         shared: names of tensors of quantized modules that were taken out of the model, each with
             the name of the tensor that it is.
+        kv_cache: how ``model.generate`` keeps keys and values, None for float.
     """
 
     layers: Mapping[str, Quantized]
     exact: frozenset[str]
     shared: Mapping[str, str]
+    kv_cache: KVCacheConfig | None
 
 
 def prepare(model: PreTrainedModel, section: Mapping[str, Any], files: Sequence[str]) -> Prepared:
@@ -62,7 +66,7 @@ def prepare(model: PreTrainedModel, section: Mapping[str, Any], files: Sequence[
     )
     shared = _tie(model, layers, description.aliases, path)
     _check(model, saved, contents, exact)
-    return Prepared(layers, exact, shared)
+    return Prepared(layers, exact, shared, description.kv_cache)
 
 
 def finish(model: PreTrainedModel, prepared: Prepared) -> None:
@@ -79,6 +83,8 @@ def finish(model: PreTrainedModel, prepared: Prepared) -> None:
     for layer in prepared.layers.values():
         layer.requires_grad_(False)
     tie_shared(model)
+    if prepared.kv_cache is not None:
+        attach_cache(model, prepared.kv_cache)
 
 
 def _empty_layers(

@@ -61,6 +61,13 @@ def _summary(s: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append("quality    not measured (no evaluation section in the config)")
+    if "kv_cache" in s:
+        e, cache = s["kv_cache"], s["kv_cache"]["cache"]
+        lines.append(
+            f"kv cache   perplexity {e['quantized_perplexity']:.3f}, ratio {e['ratio']:.4f} "
+            f"through it; {cache['bytes_per_token']:,.0f} bytes a token at {cache['tokens']:,}, "
+            f"{cache['fraction']:.3f} of bfloat16's"
+        )
     lines += [f"note       {note}" for note in s.get("notes", [])]
     if "generation" in s:
         g = s["generation"]

@@ -15,7 +15,7 @@ from ptq.calibrate import TokenSet
 from ptq.config import QuantizationConfig
 from ptq.model import ModelSource
 
-_NOT_ASKED = {"output", "evaluation", "generation"}  # these change no code and no scale
+_NOT_ASKED = {"output", "evaluation", "generation", "kv_cache"}  # these change no code and no scale
 
 
 def fingerprint(

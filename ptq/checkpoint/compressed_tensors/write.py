@@ -19,6 +19,7 @@ from ptq.checkpoint.side_files import copy_files, write_configs
 from ptq.checkpoint.target import check_target
 from ptq.checkpoint.tensors import distinct_tensors
 from ptq.errors import CheckpointError, UnsupportedError
+from ptq.kv_cache import cache_settings
 from ptq.modules import QuantLinear, quantized_modules
 
 Engine = Literal["vllm", "transformers"]
@@ -86,6 +87,8 @@ def write(
             f"the checkpoint {target} ({total / 1e6:,.0f} MB) could not be written: {error}; "
             "free some space, or choose another directory"
         ) from error
+    if cache_settings(model) is not None:
+        notes.append("left out: the quantized key-value cache, which only ptq has")
     return notes
 
 
