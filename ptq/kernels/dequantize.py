@@ -17,6 +17,7 @@ from ptq.kernels.spec import LinearSpec
 
 _CPU_BLOCK = 1 << 20  # weights at a time: in the last-level cache
 _CPU_BYTES_BLOCK = 1 << 21  # of codes that are converted in one pass
+_UNPACKED = 1 << 18  # of nibbles in float32 at a time
 _GPU_BLOCK = 1 << 26  # the launches cost more than the memory
 
 
@@ -113,10 +114,16 @@ def _block_size(weight: QuantizedWeight, device: str) -> int:
 def _filler(weight: QuantizedWeight, x: Tensor, step: int) -> Callable[[slice, Tensor], None]:
     """What makes a block of the weight; without its scale unless it is per group."""
     if x.device.type == "cpu" and is_nibbles(weight) and has_op():
-        rows = nibble_rows(min(step, weight.shape[0]), weight.shape[1])
-        return lambda part, block: _fill(
-            block, nibbles_in_float(weight.packed[part], rows), weight, part
-        )
+        some = max(1, _UNPACKED // weight.shape[1])
+        rows = nibble_rows(min(some, weight.shape[0]), weight.shape[1])
+
+        def fill(part: slice, block: Tensor) -> None:
+            for start in range(part.start, part.stop, some):
+                piece = slice(start, min(start + some, part.stop))
+                into = block[start - part.start : piece.stop - part.start]
+                _fill(into, nibbles_in_float(weight.packed[piece], rows), weight, piece)
+
+        return fill
     return lambda part, block: _fill(
         block, unpack(weight.packed[part], weight.shape[1], weight.format), weight, part
     )
