@@ -111,12 +111,14 @@ def packages(document: dict[str, Any]) -> str:
 
 def whole_model(document: dict[str, Any]) -> str:
     """A section: what was measured, the command, the table."""
-    head, tune, peers = document["head"], document["tune"], packages(document)
-    embeddings = f", embeddings {document['embeddings']}" if document["embeddings"] else ""
+    tune, peers = document["tune"], packages(document)
+    head = f"output head {document['head'] or 'float'}"
+    if document["embeddings"]:
+        head = f"embeddings, and a head tied to them, {document['embeddings']}"
     bases = " / ".join(document["bases"])
     kernels = "" if tune is None else f" Kernels are those that `ptq.tune(memory={tune})` chose."
-    return f"""**{document["model"]}**, output head {head or "as it was"}{embeddings}; decode is one
-step behind {document["decode_after"]} tokens. Against {bases}.{kernels}{peers} {machine(document)}.
+    return f"""**{document["model"]}**, {head}; decode is one step behind
+{document["decode_after"]} tokens. Against {bases}.{kernels}{peers} {machine(document)}.
 
 ```bash
 {document["command"]}

@@ -13,7 +13,9 @@ from ptq.core import Rotation
 from ptq.modules import QuantLinear
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16-g32", "w4a8-g32", "w3a16-g32-asym"])
+@pytest.mark.parametrize(
+    "scheme", ["w8a8", "w8a16", "w4a16-g32", "w4a8-g32", "w3a16-g32-asym", "fp8"]
+)
 def test_few_graphs_serve_every_number_of_rows(scheme: str) -> None:
     """One row, few rows and many rows: a graph each, and one for the first shape seen."""
     torch._dynamo.reset()

@@ -38,7 +38,9 @@ def exported(model: nn.Module, x: Tensor, strict: bool) -> ExportedProgram:
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16-g64", "w4a8-g64-asym", "w3a16-g64"])
+@pytest.mark.parametrize(
+    "scheme", ["w8a8", "w8a16", "w4a16-g64", "w4a8-g64-asym", "w3a16-g64", "fp8"]
+)
 def test_one_graph_serves_every_number_of_rows(
     scheme: str, dtype: torch.dtype, strict: bool
 ) -> None:
