@@ -68,7 +68,7 @@ class DequantizeBlocks:
         scale = None
         if weight.granularity.kind != "group":
             scale = weight.scale.float().reshape(1, -1)
-        y = multiply_blocks(values, weight.shape[0], step, _filler(weight, values, step), scale)
+        y = multiply_blocks(values, weight.shape[0], step, _filler(weight, values), scale)
         return scaled(y, row_scale, dtype)
 
     def tolerance(self, spec: LinearSpec) -> float:
@@ -111,7 +111,7 @@ def _block_size(weight: QuantizedWeight, device: str) -> int:
     return _CPU_BYTES_BLOCK if weight.format.bits == 8 else _CPU_BLOCK
 
 
-def _filler(weight: QuantizedWeight, x: Tensor, step: int) -> Callable[[slice, Tensor], None]:
+def _filler(weight: QuantizedWeight, x: Tensor) -> Callable[[slice, Tensor], None]:
     """What makes a block of the weight; without its scale unless it is per group."""
     if x.device.type == "cpu" and is_nibbles(weight) and has_op():
         some = max(1, _UNPACKED // weight.shape[1])
