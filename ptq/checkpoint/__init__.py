@@ -16,7 +16,7 @@ from ptq.checkpoint.manifest import Manifest
 from ptq.checkpoint.manifest_read import read_manifest
 from ptq.checkpoint.native_write import save
 from ptq.checkpoint.target import check_target
-from ptq.checkpoint.verify import verify_files
+from ptq.checkpoint.verify import not_covered, verify_bytes, verify_files
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ __all__ = [
     "declare_quantized",
     "embed",
     "load",
+    "not_covered",
     "read_manifest",
     "save",
+    "verify_bytes",
     "verify_files",
 ]

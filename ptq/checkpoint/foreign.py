@@ -14,6 +14,8 @@ REMEDIES = {
     "hqq": f"its zero points are fractions, which no integer format holds; {_FLOAT}",
 }
 """What to do with a format that ptq knows by name and does not read."""
+READ = ("compressed-tensors", "gptq", "awq")
+"""Formats of others that ptq reads, by ``quant_method``."""
 
 
 def quantization_of(root: Path) -> dict[str, Any]:
