@@ -86,7 +86,7 @@ class AllSettings:
 def layout_name(section: Mapping[str, Any]) -> LayoutName | None:
     """The layout that a ``quantization_config`` names; None if ptq does not read it."""
     method = section.get("quant_method")
-    if method not in _DEFAULT:
+    if not isinstance(method, str) or method not in _DEFAULT:
         return None
     keys = ("checkpoint_format", "format") if method == "gptq" else ("version", "format")
     found = next((section[key] for key in keys if section.get(key)), _DEFAULT[method])

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ptq
 from ptq.checkpoint import CHECKPOINT_FORMATS, assert_same, convert, verify_files
-from ptq.checkpoint.packed_int32 import read, write
+from ptq.checkpoint.packed_int32 import layout_name, read, write
+from ptq.checkpoint.packed_int32.settings import parse_settings
 from ptq.config import Scheme, preset
 from ptq.errors import CheckpointError, PTQError, UnsupportedError
 from ptq.kernels import select
@@ -357,6 +360,40 @@ def test_names_of_older_writers(tmp_path: Path) -> None:
     edit_config(tmp_path / "gptq", lambda section: section.pop("checkpoint_format"))
     for layout in ("awq", "gptq"):
         assert_same(model, ptq.load(tmp_path / layout))
+
+
+def test_a_group_longer_than_the_rows(tmp_path: Path) -> None:
+    """One group, as -1 says it."""
+    model = quantize_linears(tiny_llama(tied=True), half_scales("w4a16"))
+    by_hand.write(model, tmp_path / "out", "gptq", group_size=128)
+    assert_same(model, ptq.load(tmp_path / "out"))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=5,
+)
+KEYS = ("quant_method", "bits", "group_size", "sym", "dynamic", "checkpoint_format", "version")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    method=st.sampled_from(["gptq", "awq"]),
+    changed=st.dictionaries(st.sampled_from(KEYS), JSON),
+    rule=st.dictionaries(st.sampled_from(["+:.*", "a", "("]), st.dictionaries(st.text(), JSON)),
+)
+def test_any_section_is_settings_or_an_error(
+    method: str, changed: dict[str, Any], rule: dict[str, Any]
+) -> None:
+    base = {"quant_method": method, "bits": 4, "group_size": 32, "sym": True, "dynamic": rule}
+    try:
+        found = parse_settings(base | changed, Path("config.json")).of("a.b")
+    except PTQError as error:
+        assert "\n" not in str(error)
+    else:
+        assert found.bits in (2, 3, 4, 8)
+    assert layout_name(base | changed) in (None, "gptq", "gptq-v2", "awq")
 
 
 def test_nothing_quantized(tmp_path: Path) -> None:
