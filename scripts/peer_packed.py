@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig, PreTrained
 MADE: dict[str, dict[str, Any]] = {
     "gptq w4a16-g64": {"bits": 4, "group_size": 64},
     "gptq w8a16-g32": {"bits": 8, "group_size": 32},
-    "gptq w4a16": {"bits": 4, "group_size": -1},
+    "gptq w4a16": {"bits": 4, "group_size": -1, "act_group_aware": False},
     "gptq-v2 w4a16-g64-asym": {
         "bits": 4, "group_size": 64, "sym": False, "format": FORMAT.GPTQ_V2,
     },
@@ -42,15 +42,20 @@ MADE: dict[str, dict[str, Any]] = {
 """What of a QuantizeConfig."""
 
 
+def absolute(text: str) -> Path:
+    """A path that stays the same wherever this runs."""
+    return Path(text).absolute()
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=("make", "read"))
-    parser.add_argument("directory", type=Path, help="the checkpoint to make or read")
-    parser.add_argument("--model", type=Path, help="make: the float model")
+    parser.add_argument("directory", type=absolute, help="the checkpoint to make or read")
+    parser.add_argument("--model", type=absolute, help="make: the float model")
     parser.add_argument("--scheme", choices=MADE, help="make: how to quantize it")
-    parser.add_argument("--weights", type=Path, help="read: float weights to pack as well")
-    parser.add_argument("--tokens", type=Path, required=True, help="JSON: rows of token ids")
-    parser.add_argument("--output", type=Path, required=True, help="file for logits and weights")
+    parser.add_argument("--weights", type=absolute, help="read: float weights to pack as well")
+    parser.add_argument("--tokens", type=absolute, required=True, help="JSON: rows of token ids")
+    parser.add_argument("--output", type=absolute, required=True, help="file for logits and weights")
     return parser.parse_args()
 
 
@@ -124,6 +129,7 @@ def packed(directory: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch
 @torch.no_grad()
 def main() -> None:
     options = parse_arguments()
+    os.chdir(options.directory.parent)  # GPTQModel writes its logs to where it runs
     rows = json.loads(options.tokens.read_text(encoding="utf-8"))
     if options.action == "make":
         make(options, rows)
