@@ -55,7 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scheme", choices=MADE, help="make: how to quantize it")
     parser.add_argument("--weights", type=absolute, help="read: float weights to pack as well")
     parser.add_argument("--tokens", type=absolute, required=True, help="JSON: rows of token ids")
-    parser.add_argument("--output", type=absolute, required=True, help="file for logits and weights")
+    parser.add_argument(
+        "--output", type=absolute, required=True, help="file for logits and weights"
+    )
     return parser.parse_args()
 
 

@@ -21,6 +21,8 @@ from ptq.errors import CheckpointError, PTQError, UnsupportedError
 from ptq.model import fill_computed_buffers, replace_module, skeleton
 from ptq.modules import QuantLinear, buffers_of, share_inputs
 
+_COMPUTED = "rotary_emb.inv_freq"
+"""What older versions of transformers stored, and the model computes."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -102,10 +104,15 @@ def filled(
         CheckpointError: a tensor is missing, left over, damaged or of another shape or dtype.
         UnsupportedError: ptq has no such layer; it is named.
     """
-    aliases = _check_fit(model, layers, {k: s for held in shards.values() for k, s in held.items()})
+    kept = model.state_dict().keys()
+    found = {
+        path: {k: s for k, s in header.items() if k in kept or not k.endswith(_COMPUTED)}
+        for path, header in shards.items()
+    }
+    aliases = _check_fit(model, layers, {k: s for held in found.values() for k, s in held.items()})
     tensors = {
         key: tensor.to(device)
-        for path, header in shards.items()
+        for path, header in found.items()
         for key, tensor in read_tensors(path, header)
     }
     for name, layer in layers.items():

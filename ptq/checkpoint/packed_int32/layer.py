@@ -22,7 +22,8 @@ from ptq.core.quantized_weight import SCALE_DTYPES
 from ptq.errors import CheckpointError, UnsupportedError
 
 SCALE_DTYPE = torch.float16
-"""What readers of both formats compute with."""
+"""What the formats were made with; GPTQModel keeps bfloat16 as well, and vLLM takes it."""
+KEPT_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def expected_tensors(
@@ -113,12 +114,20 @@ def _check_order(g_idx: Tensor, size: int) -> None:
         )
 
 
-def stored_tensors(weight: QuantizedWeight, layout: LayoutName) -> Made:
-    """The tensors that the format stores of a weight; scales as float16."""
-    return lazily(weight, lambda w: _values(w, layout))
+def stored_tensors(
+    weight: QuantizedWeight, layout: LayoutName, scale_dtype: torch.dtype | None
+) -> Made:
+    """The tensors that the format stores of a weight.
+
+    Args:
+        scale_dtype: of the stored scales; None leaves them as they are.
+    """
+    return lazily(weight, lambda w: _values(w, layout, scale_dtype or w.scale.dtype))
 
 
-def _values(weight: QuantizedWeight, layout: LayoutName) -> dict[str, Values]:
+def _values(
+    weight: QuantizedWeight, layout: LayoutName, scale_dtype: torch.dtype
+) -> dict[str, Values]:
     fmt, (_, columns) = weight.format, weight.shape
     size = weight.granularity.group_size or columns
 
@@ -130,7 +139,7 @@ def _values(weight: QuantizedWeight, layout: LayoutName) -> dict[str, Values]:
     made: dict[str, Values] = {
         "qweight": lambda: codes_to_words(weight.packed, columns, fmt, layout),
         "qzeros": lambda: zeros_to_words(zeros(), fmt, layout),
-        "scales": lambda: weight.scale.t().contiguous().to(SCALE_DTYPE),
+        "scales": lambda: weight.scale.t().contiguous().to(scale_dtype),
     }
     if layout != "awq":
         made["g_idx"] = lambda: (torch.arange(columns) // size).to(torch.int32)

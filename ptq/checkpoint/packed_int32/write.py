@@ -15,7 +15,7 @@ from ptq.checkpoint.foreign_write import (
     rounded_scales,
     write_foreign,
 )
-from ptq.checkpoint.packed_int32.layer import SCALE_DTYPE, stored_tensors
+from ptq.checkpoint.packed_int32.layer import KEPT_DTYPES, SCALE_DTYPE, stored_tensors
 from ptq.checkpoint.packed_int32.limits import (
     VLLM,
     block_list,
@@ -52,8 +52,8 @@ def write(
     Args:
         layout: ``gptq`` (version 1, which stores zero points less one), ``gptq-v2`` or ``awq``.
         engine: whose limits are checked: vLLM's, or only those of transformers with GPTQModel.
-        scales: ``model``: stored as float16, which the formats' readers compute with; ``keep``:
-            refused if they have another dtype.
+        scales: ``model``: stored as float16, which every reader takes; ``keep``: as they are,
+            which is refused if they are float32.
         tokenizer: a transformers tokenizer or processor to carry along.
         carried: name in the checkpoint to a file that is copied as it is.
 
@@ -72,12 +72,14 @@ def write(
         check_vllm(model, layers, VLLM[method_of_layout(layout)])
     if scales == "keep":
         _check_scales(layers, layout)
-    notes = rounded_scales(layers, SCALE_DTYPE, "the format's dtype", _ELSEWHERE)
+    dtype = SCALE_DTYPE if scales == "model" else None
+    notes = rounded_scales(layers, dtype, "the format's dtype", _ELSEWHERE)
     stored = {
-        name: stored_tensors(layer.quantized_weight, layout) for name, layer in layers.items()
+        name: stored_tensors(layer.quantized_weight, layout, dtype)
+        for name, layer in layers.items()
     }
     write_foreign(
-        ForeignCheckpoint(model, layers, stored, _config(model, layers, layout), SCALE_DTYPE),
+        ForeignCheckpoint(model, layers, stored, _config(model, layers, layout), dtype),
         directory,
         read,
         tokenizer=tokenizer,
@@ -89,10 +91,10 @@ def write(
 
 def _check_scales(layers: Mapping[str, QuantLinear], layout: LayoutName) -> None:
     for name, layer in layers.items():
-        if layer.scale.dtype != SCALE_DTYPE:
+        if layer.scale.dtype not in KEPT_DTYPES:
             raise UnsupportedError(
-                f"layer {name} has {dtype_name(layer.scale.dtype)} scales, {layout} has float16; "
-                f"round them (--scales model), or choose {_ELSEWHERE}"
+                f"layer {name} has {dtype_name(layer.scale.dtype)} scales, {layout} has 16-bit "
+                f"ones; round them (--scales model), or choose {_ELSEWHERE}"
             )
 
 

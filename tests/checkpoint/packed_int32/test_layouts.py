@@ -19,9 +19,9 @@ from tests.checkpoint.packed_int32 import by_hand
 CASES = [(layout, bits) for layout in ("gptq", "gptq-v2") for bits in (2, 3, 4, 8)] + [("awq", 4)]
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@settings(max_examples=12, deadline=None)
 @given(
-    case=st.sampled_from(CASES),
     rows=st.integers(1, 2),
     columns=st.integers(1, 3),
     groups=st.integers(1, 3),

@@ -117,12 +117,28 @@ def test_scales_are_rounded_to_float16(tmp_path: Path) -> None:
         original = model.get_submodule(name)
         assert torch.equal(layer.codes, original.codes)
         assert torch.equal(layer.scale, original.scale.half())
-    with pytest.raises(UnsupportedError, match="q_proj has float32 scales, gptq has float16"):
+    with pytest.raises(UnsupportedError, match="q_proj has float32 scales, gptq has 16-bit ones"):
         write(model, tmp_path / "new", "gptq", engine="transformers", scales="keep")
     model.get_submodule(DOWN).scale.fill_(1e-12)
     with pytest.raises(UnsupportedError, match="down_proj has scales that float16.*cannot hold"):
         write(model, tmp_path / "new", "gptq", engine="transformers")
     assert not (tmp_path / "new").exists()
+
+
+def test_bfloat16_scales(tmp_path: Path) -> None:
+    """GPTQModel writes them; they are kept where asked, and become float16 exactly otherwise."""
+    data = preset("w4a16-g32-asym").model_dump()
+    data["weights"]["scale_dtype"] = "bfloat16"
+    model = quantize_linears(tiny_llama(tied=True), Scheme.model_validate(data))
+    by_hand.write(model, tmp_path / "theirs", "awq")
+    assert_same(model, ptq.load(tmp_path / "theirs"))
+    for layout in ("awq", "gptq-v2"):
+        CHECKPOINT_FORMATS[layout].write(model, tmp_path / layout)
+        assert_same(model, ptq.load(tmp_path / layout))
+    assert write(model, tmp_path / "half", "awq", engine="transformers") == []
+    found = quantized_layers(ptq.load(tmp_path / "half"))
+    assert {layer.scale.dtype for layer in found.values()} == {torch.float16}
+    assert torch.equal(found[DOWN].scale, model.get_submodule(DOWN).scale.half())
 
 
 def test_layers_that_stay_float(tmp_path: Path) -> None:
@@ -172,6 +188,14 @@ def test_biases_that_the_model_does_not_have(tmp_path: Path) -> None:
     assert torch.allclose(difference, torch.eye(32)[3] * 2, atol=1e-5)
     convert(tmp_path / "out", tmp_path / "b", "ptq")
     assert_same(ptq.load(tmp_path / "out"), ptq.load(tmp_path / "b"))
+
+
+def test_frequencies_that_older_versions_stored(tmp_path: Path) -> None:
+    model = quantize_linears(tiny_llama(tied=True), "w4a16-g32")
+    tensors = by_hand.write(model, tmp_path / "out", "gptq")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    save_file(tensors, tmp_path / "out/model.safetensors")
+    assert_same(model, ptq.load(tmp_path / "out"))
 
 
 def test_rules_of_gptqmodel(tmp_path: Path) -> None:
