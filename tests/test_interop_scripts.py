@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ptq
+from ptq.checkpoint import CONVERSIONS, assert_same
 from ptq.checkpoint.packed_int32 import write as packed_write
 from ptq.errors import ConfigError
 from ptq.modules import quantized_layers
@@ -32,6 +33,23 @@ def test_convert_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for name, layer in quantized_layers(model).items():
         assert torch.equal(layer.codes, back[name].codes)
         assert torch.equal(layer.scale.bfloat16(), back[name].scale)
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-v2", "awq"])
+def test_convert_to_packed_formats(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert_checkpoint.FORMATS == CONVERSIONS
+    model = quantize_linears(tiny_llama(), "w4a16-g32-asym")
+    ptq.save(model, tmp_path / "a")
+    there = (tmp_path / "a", tmp_path / "there", "--format", name)
+    assert convert(*there) == (0 if name == "awq" else 2)
+    assert ("choose symmetric weights" in capsys.readouterr().err) == (name != "awq")
+    there = (tmp_path / "a", tmp_path / "kept", "--format", name)
+    assert convert(*there, "--engine", "transformers", "--scales", "keep") == 0
+    assert f"({name}), read back, codes bit-equal" in capsys.readouterr().out
+    assert convert(tmp_path / "kept", tmp_path / "b", "--format", "ptq") == 0
+    assert_same(model, ptq.load(tmp_path / "b"))
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
