@@ -123,6 +123,8 @@ def test_what_transformers_wrote(tmp_path: Path) -> None:
     assert verify(tmp_path / "b") == 0
     rest = ["config.json", "generation_config.json", "model.safetensors.index.json"]
     assert not_covered(tmp_path / "b") == rest
+    shutil.copy(tmp_path / "a/ptq_manifest.json", tmp_path / "b")  # of another checkpoint
+    assert not_covered(tmp_path / "b") == [*rest, "ptq_manifest.json"]
     for shard in shards:
         original = shard.read_bytes()
         start = 8 + int.from_bytes(original[:8], "little")

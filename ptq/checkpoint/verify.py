@@ -55,7 +55,7 @@ def not_covered(directory: str | Path) -> list[str]:
     root = Path(directory).expanduser()
     manifest = read_manifest(root)
     covered = set(manifest.shards)
-    if (root / MANIFEST).is_file():
+    if METADATA_KEY not in read_metadata(inside(root, manifest.shards[0])):
         covered |= {MANIFEST, *manifest.files}
     names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
     return sorted(set(names) - covered)
