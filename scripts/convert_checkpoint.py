@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Convert a quantized checkpoint from one format to another, without dequantizing.
 
-SRC is what ptq wrote, or a directory in the compressed-tensors format (of llm-compressor, for
-example). Codes and zero points are carried over bit for bit; DST appears whole, read back and
-compared, or not at all, and is never overwritten.
+SRC is what ptq wrote, or a directory in the compressed-tensors, GPTQ or AWQ format (of
+llm-compressor, GPTQModel or AutoAWQ, for example). gptq is version 1 of that format, for symmetric
+weights; gptq-v2 has any zero point. Codes and zero points are carried over bit for bit; DST appears
+whole, read back and compared, or not at all, and is never overwritten.
 """
 
 import argparse
@@ -14,25 +15,27 @@ from arguments import script_parser
 from ptq.command import positive, run_command
 from ptq.report import Console
 
+FORMATS = ("ptq", "compressed-tensors", "gptq", "gptq-v2", "awq")
+
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("source", metavar="SRC", help="directory of the checkpoint")
     parser.add_argument("target", metavar="DST", help="directory to create")
-    parser.add_argument("--format", required=True, choices=("compressed-tensors", "ptq"))
+    parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument(
         "--engine",
         choices=("vllm", "transformers"),
         default="vllm",
-        help="compressed-tensors: whose limits are checked before anything is written "
-        "(default: vllm; transformers: those of the format alone)",
+        help="whose limits are checked before anything is written, in a format of other toolkits "
+        "(default: vllm; transformers: not those of vllm)",
     )
     parser.add_argument(
         "--scales",
         choices=("model", "keep"),
         default="model",
-        help="compressed-tensors: dtype of the stored scales: the model's, as its readers want it "
-        "(default), or as they are",
+        help="dtype of the stored scales in a format of other toolkits: what its readers compute "
+        "with (default; the model's, or float16 for GPTQ and AWQ), or as they are",
     )
     parser.add_argument(
         "--shard-size-mb", type=positive, default=5000, help="largest shard (default: 5000)"

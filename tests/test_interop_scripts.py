@@ -1,13 +1,18 @@
 """convert_checkpoint.py as a user calls it, and the parts of check_interop.py."""
 
+import ast
 from pathlib import Path
 
 import check_interop
 import convert_checkpoint
+import interop
+import packed_interop
 import pytest
 import torch
 
 import ptq
+from ptq.checkpoint import CONVERSIONS, assert_same
+from ptq.checkpoint.packed_int32 import write as packed_write
 from ptq.errors import ConfigError
 from ptq.modules import quantized_layers
 from tests.helpers import quantize_linears, tiny_llama
@@ -30,6 +35,23 @@ def test_convert_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert torch.equal(layer.scale.bfloat16(), back[name].scale)
 
 
+@pytest.mark.parametrize("name", ["gptq", "gptq-v2", "awq"])
+def test_convert_to_packed_formats(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert_checkpoint.FORMATS == CONVERSIONS
+    model = quantize_linears(tiny_llama(), "w4a16-g32-asym")
+    ptq.save(model, tmp_path / "a")
+    there = (tmp_path / "a", tmp_path / "there", "--format", name)
+    assert convert(*there) == (0 if name == "awq" else 2)
+    assert ("choose symmetric weights" in capsys.readouterr().err) == (name != "awq")
+    there = (tmp_path / "a", tmp_path / "kept", "--format", name)
+    assert convert(*there, "--engine", "transformers", "--scales", "keep") == 0
+    assert f"({name}), read back, codes bit-equal" in capsys.readouterr().out
+    assert convert(tmp_path / "kept", tmp_path / "b", "--format", "ptq") == 0
+    assert_same(model, ptq.load(tmp_path / "b"))
+
+
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ptq.save(quantize_linears(tiny_llama(), "w4a16-g16"), tmp_path / "a")
     options = (tmp_path / "a", tmp_path / "ct", "--format", "compressed-tensors")
@@ -44,18 +66,18 @@ def test_ulps() -> None:
     wanted = torch.tensor([1.0, -3.0, 0.0, 1000.0])
     for dtype in (torch.bfloat16, torch.float16):
         found = torch.nextafter(wanted.to(dtype), torch.full_like(wanted, 2000.0).to(dtype))
-        assert check_interop.ulps(found, wanted.to(dtype), dtype) == pytest.approx(1.0)
-        assert check_interop.ulps(wanted, wanted, dtype) == 0.0
-    assert check_interop.ulps(wanted + 0.5, wanted, torch.bfloat16) > 60
+        assert interop.ulps(found, wanted.to(dtype), dtype) == pytest.approx(1.0)
+        assert interop.ulps(wanted, wanted, dtype) == 0.0
+    assert interop.ulps(wanted + 0.5, wanted, torch.bfloat16) > 60
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> check_interop.Comparison:
+def work(tmp_path: Path) -> interop.Comparison:
     rows = torch.randint(0, 97, (2, 9)).tolist()
-    return check_interop.Comparison(tmp_path, Path("/nowhere"), torch.float32, rows)
+    return interop.Comparison(tmp_path, Path("/nowhere"), torch.float32, Path("script"), rows)
 
 
-def test_a_row_of_the_table(work: check_interop.Comparison) -> None:
+def test_a_row_of_the_table(work: interop.Comparison) -> None:
     """The peer is ptq itself, dequantized; then one whose weight is an ulp off."""
     model = quantize_linears(tiny_llama(), "w4a16-g32-asym")
     ptq.save(model, work.root / "out")
@@ -86,7 +108,7 @@ def test_the_reference_rounds_inputs(static: bool) -> None:
         torch.nn.Sequential(torch.nn.Linear(32, 8)), "w8a8-static" if static else "w8a8"
     )
     layer, x = model[0], torch.randn(3, 32)
-    made = check_interop.Reference(layer)(x)
+    made = interop.Reference(layer)(x)
     for row, wanted in zip(x, made, strict=True):
         scale = 0.05 if static else float(row.abs().max()) / 127.5
         codes = [max(-128, min(127, round(float(v) / scale))) for v in row]
@@ -97,14 +119,15 @@ def test_the_reference_rounds_inputs(static: bool) -> None:
 def test_peers_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     for peer in ("hqq=/bin/sh", "llm-compressor=/nowhere", "llm-compressor"):
         assert check_interop.main(["--peer", peer]) == 2
-        assert "give llm-compressor=PYTHON" in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert "give llm-compressor=PYTHON or gptqmodel=PYTHON, an interpreter" in shown
 
 
-def test_a_peer_that_fails(work: check_interop.Comparison, tmp_path: Path) -> None:
+def test_a_peer_that_fails(work: interop.Comparison, tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho first >&2\necho 'ValueError: no' >&2\nexit 1\n")
     python.chmod(0o755)
-    failing = check_interop.Comparison(work.root, python, work.dtype, work.rows)
+    failing = interop.Comparison(work.root, python, work.dtype, work.script, work.rows)
     with pytest.raises(ConfigError, match="the peer failed to read out: ValueError: no"):
         failing.peer("read", tmp_path / "out")
 
@@ -116,3 +139,41 @@ def test_every_scheme_keeps_the_limits_it_is_said_to_keep(tmp_path: Path) -> Non
     for number, (scheme, engine) in enumerate(check_interop.WRITTEN.items()):
         model, _ = ptq.load_float(tmp_path / "float")
         write(quantize_linears(model, scheme), tmp_path / str(number), engine=engine)
+
+
+def test_the_packed_schemes_are_held_and_given_to_a_packer(tmp_path: Path) -> None:
+    """Codes come back from what the packer is given: round(w / s) + z."""
+    check_interop.float_model(tmp_path / "float", torch.float16)
+    for number, (scheme, layout) in enumerate(packed_interop.WRITTEN):
+        model, _ = ptq.load_float(tmp_path / "float")
+        target = tmp_path / str(number)
+        packed_write(quantize_linears(model, scheme), target, layout, engine="transformers")
+        loaded = ptq.load(target)
+        given = packed_interop.unpacked(loaded)
+        for name, layer in list(quantized_layers(loaded).items())[:2]:
+            weight, scales, zeros = (given[f"{name}.{k}"] for k in ("weight", "scales", "zeros"))
+            size = weight.shape[1] // scales.shape[1]
+            steps = weight / scales.repeat_interleave(size, 1) + zeros.repeat_interleave(size, 1)
+            middle = 1 << (layer.scheme.weights.int_format.bits - 1)
+            codes = layer.quantized_weight.codes.float() + middle
+            assert torch.allclose(steps, codes, atol=1e-2)
+
+
+def test_tensors_that_are_equal_are_counted() -> None:
+    a = {"x.qweight": torch.tensor([1, 2]), "x.scales": torch.ones(2), "x.qzeros": torch.ones(1)}
+    b = {
+        **a,
+        "x.scales": torch.ones(2).half(),
+        "x.qzeros": torch.zeros(1),
+        "x.g_idx": a["x.scales"],
+    }
+    assert packed_interop.equal(a, a) == "3 of 3 tensors bit-equal"
+    assert packed_interop.equal(a, b) == "1 of 4 tensors bit-equal"
+
+
+def test_what_the_peer_is_to_make_is_known_to_its_script() -> None:
+    """Which cannot be imported without the peer."""
+    tree = ast.parse(packed_interop.SCRIPT.read_text())
+    tables = [node.value for node in tree.body if isinstance(node, ast.AnnAssign)]
+    assert isinstance(tables[0], ast.Dict)
+    assert [key.value for key in tables[0].keys] == list(packed_interop.MADE)

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from ptq.checkpoint import compressed_tensors
+from ptq.checkpoint import compressed_tensors, packed_int32
 from ptq.checkpoint.compare import assert_same, assert_same_outputs
 from ptq.checkpoint.convert import CONVERSIONS, convert
 from ptq.checkpoint.declare import declare_quantized
@@ -16,7 +16,7 @@ from ptq.checkpoint.manifest import Manifest
 from ptq.checkpoint.manifest_read import read_manifest
 from ptq.checkpoint.native_write import save
 from ptq.checkpoint.target import check_target
-from ptq.checkpoint.verify import verify_files
+from ptq.checkpoint.verify import not_covered, verify_bytes, verify_files
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,15 @@ CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
         write=partial(compressed_tensors.write, engine="transformers", scales="keep"),
         read=load,
     ),
+    **{
+        layout: CheckpointFormat(
+            write=partial(packed_int32.write, layout=layout, engine="transformers", scales="keep"),
+            read=load,
+        )
+        for layout in packed_int32.LAYOUTS
+    },
 }
+"""Those of other toolkits refuse schemes that they have no place for (``UnsupportedError``)."""
 
 __all__ = [
     "CHECKPOINT_FORMATS",
@@ -50,7 +58,9 @@ __all__ = [
     "declare_quantized",
     "embed",
     "load",
+    "not_covered",
     "read_manifest",
     "save",
+    "verify_bytes",
     "verify_files",
 ]

@@ -1,20 +1,26 @@
 """From one checkpoint format to another, codes as they are."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from ptq.checkpoint import compressed_tensors
+from ptq.checkpoint import compressed_tensors, packed_int32
 from ptq.checkpoint.atomic import is_ours
 from ptq.checkpoint.compare import assert_same
+from ptq.checkpoint.foreign import method_of, quantization_of
 from ptq.checkpoint.load import load
 from ptq.checkpoint.manifest import CONFIG, GENERATION_CONFIG, INDEX, MANIFEST
+from ptq.checkpoint.native_read import recovered
 from ptq.checkpoint.native_write import save
 from ptq.checkpoint.paths import inside
 from ptq.checkpoint.target import check_target
 from ptq.errors import CheckpointError
 
-CONVERSIONS = ("compressed-tensors", "ptq")
+CONVERSIONS = ("ptq", compressed_tensors.METHOD, *packed_int32.LAYOUTS)
 _MADE_ANEW = (CONFIG, GENERATION_CONFIG, INDEX, MANIFEST)
 _LEFT = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".gguf")
+_OF_OTHERS = ("quantize_config.json", "quant_config.json")
+"""Where AutoGPTQ and AutoAWQ describe codes as well, which vLLM would believe."""
 
 
 def convert(
@@ -33,7 +39,7 @@ def convert(
 
     Args:
         to: one of :data:`CONVERSIONS`.
-        engine, scales: as in :func:`ptq.checkpoint.compressed_tensors.write`.
+        engine, scales: as the writer of the format has them.
 
     Returns:
         What is different from the source, in words.
@@ -42,9 +48,9 @@ def convert(
         CheckpointError: the source cannot be read, or the target cannot be written.
         UnsupportedError: the format cannot hold a layer, or the engine not load it; it is named.
     """
-    root = Path(source).expanduser()
+    root = recovered(Path(source).expanduser())
     check_target(target, False, 0)
-    if is_ours(root) == (to == "ptq") and (root / CONFIG).is_file():
+    if _format_of(root) == to:
         raise CheckpointError(f"{root} is in the {to} format already; copy the directory")
     model = load(root)
     carried, left = _side_files(root)
@@ -53,9 +59,20 @@ def convert(
         save(model, target, shard_bytes=shard_bytes, carried=carried)
         assert_same(model, load(target))
         return notes
-    return notes + compressed_tensors.write(
+    writer: Callable[..., list[str]] = compressed_tensors.write
+    if to in packed_int32.LAYOUTS:
+        writer = partial(packed_int32.write, layout=to)
+    return notes + writer(
         model, target, engine=engine, scales=scales, shard_bytes=shard_bytes, carried=carried
     )
+
+
+def _format_of(root: Path) -> str | None:
+    """The format of a directory, by the names of :data:`CONVERSIONS` if it is one of them."""
+    if is_ours(root):
+        return "ptq"
+    section = quantization_of(root)
+    return packed_int32.layout_name(section) or method_of(section)
 
 
 def _side_files(root: Path) -> tuple[dict[str, Path], list[str]]:
@@ -65,7 +82,7 @@ def _side_files(root: Path) -> tuple[dict[str, Path], list[str]]:
         name = path.relative_to(root).as_posix()
         if not path.is_file() or name in _MADE_ANEW or path.suffix == ".safetensors":
             continue
-        if path.suffix in _LEFT:
+        if path.suffix in _LEFT or name in _OF_OTHERS:
             left.append(name)
         else:
             carried[name] = inside(root, name, nested=True)

@@ -30,7 +30,8 @@ from ptq.checkpoint.shard import dtype_name, read_header, read_metadata
 from ptq.checkpoint.tensors import distinct_tensors
 from ptq.errors import CheckpointError
 
-_KEY = "ptq_manifest"
+METADATA_KEY = "ptq_manifest"
+"""Of the manifest, in the metadata of a weight file."""
 
 
 def embed(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -62,7 +63,7 @@ def embed(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             total_tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         )
     )
-    return tensors, {_KEY: json.dumps(manifest.model_dump(mode="json"))}
+    return tensors, {METADATA_KEY: json.dumps(manifest.model_dump(mode="json"))}
 
 
 def embedded_manifest(root: Path) -> Manifest | None:
@@ -75,7 +76,7 @@ def embedded_manifest(root: Path) -> Manifest | None:
     if not shards:
         return None
     source = inside(root, shards[0])
-    text = read_metadata(source).get(_KEY)
+    text = read_metadata(source).get(METADATA_KEY)
     if text is None:
         return None
     manifest = parsed_manifest(json_object(text, source), source)

@@ -12,10 +12,10 @@ REMEDIES = {
     "bitsandbytes": f"its codes are nf4, fp4 or int8 in blocks of its own; {_FLOAT}",
     "torchao": f"it stores tensor subclasses; {_FLOAT}",
     "hqq": f"its zero points are fractions, which no integer format holds; {_FLOAT}",
-    "gptq": f"reading it is not there yet; {_FLOAT}",
-    "awq": f"reading it is not there yet; {_FLOAT}",
 }
 """What to do with a format that ptq knows by name and does not read."""
+READ = ("compressed-tensors", "gptq", "awq")
+"""Formats of others that ptq reads, by ``quant_method``."""
 
 
 def quantization_of(root: Path) -> dict[str, Any]:

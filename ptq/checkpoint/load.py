@@ -1,13 +1,20 @@
 """Loading a checkpoint of any format that ptq reads."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ptq.checkpoint import compressed_tensors, native_read
+from ptq.checkpoint import compressed_tensors, native_read, packed_int32
 from ptq.checkpoint.atomic import is_ours
 from ptq.checkpoint.foreign import method_of, quantization_of
+
+_FOREIGN: dict[str, Callable[..., nn.Module]] = {
+    compressed_tensors.METHOD: compressed_tensors.read,
+    **dict.fromkeys(packed_int32.METHODS, packed_int32.read),
+}
+"""What reads the formats of other toolkits, by ``quant_method``."""
 
 
 def load(
@@ -23,12 +30,13 @@ def load(
     ``save_pretrained`` writes a ptq checkpoint, whatever the format was.
 
     Args:
-        directory: what :func:`ptq.save` wrote, or a checkpoint in the compressed-tensors format.
+        directory: what :func:`ptq.save` wrote, or a checkpoint in the compressed-tensors, GPTQ or
+            AWQ format.
         model: for what is not a transformers model: the float model, as built by your code, on
             any device (``torch.device("meta")`` costs no memory). It becomes the quantized model;
             it is not touched before everything has been read and checked.
-        verify: compare the tensors, and the files that are read, with their hashes, which the
-            compressed-tensors format does not have.
+        verify: compare the tensors, and the files that are read, with their hashes, which only
+            ptq's own format has.
 
     Raises:
         CheckpointError: there is no checkpoint, it is of a newer format, or it is not what was
@@ -38,6 +46,7 @@ def load(
         ModelError: a buffer that is on the meta device in ``model`` cannot be computed.
     """
     root = native_read.recovered(Path(directory).expanduser())
-    if not is_ours(root) and method_of(quantization_of(root)) == compressed_tensors.METHOD:
-        return compressed_tensors.read(root, model=model, device=device)
+    read = None if is_ours(root) else _FOREIGN.get(method_of(quantization_of(root)) or "")
+    if read is not None:
+        return read(root, model=model, device=device)
     return native_read.load(root, model=model, device=device, verify=verify)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ptq.checkpoint.embedded import embedded_manifest
-from ptq.checkpoint.foreign import REMEDIES, method_of, quantization_of
+from ptq.checkpoint.foreign import READ, REMEDIES, method_of, quantization_of
 from ptq.checkpoint.json_file import read_json
 from ptq.checkpoint.manifest import CONFIG, INDEX, MANIFEST, Manifest
 from ptq.checkpoint.manifest_parse import parsed_manifest
@@ -77,6 +77,11 @@ def _what_it_is(root: Path) -> str:
     name = method_of(quantization_of(root))
     if name == "ptq":
         return f"{message}, though {CONFIG} names ptq; copy the whole checkpoint again"
+    if name in READ:
+        return (
+            f"{message}; it is in the {name!r} format, which ptq.load reads; to make one of it: "
+            "scripts/convert_checkpoint.py --format ptq"
+        )
     if name is not None:
         remedy = REMEDIES.get(name, "quantize the float model that it was made from: ptq.quantize")
         return (

@@ -136,6 +136,25 @@ def read_metadata(path: Path) -> dict[str, str]:
     return metadata if isinstance(metadata, dict) else {}
 
 
+def strange_header(path: Path) -> str | None:
+    """What of a file's header is not as a writer leaves it, though it can be read: its spaces, or
+    text besides the tensors. None if nothing is.
+
+    Raises:
+        CheckpointError: the file is missing, cut off, or is not safetensors.
+    """
+    header, start = _whole_header(path)
+    with path.open("rb") as raw:
+        text = raw.read(start)[8:].rstrip(b" ")
+    written = (json.dumps(header, separators=(",", ":"), ensure_ascii=a) for a in (True, False))
+    if text not in [form.encode() for form in written]:
+        return "is not spelled as it was written"
+    metadata = header.get("__metadata__")
+    if not isinstance(metadata, dict) or metadata.get("format") != "pt":
+        return 'does not say {"format": "pt"}'
+    return None
+
+
 def _whole_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a file whose length is right, and where its data begins."""
     try:

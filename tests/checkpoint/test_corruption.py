@@ -369,7 +369,7 @@ def test_verify_lists_every_problem(sharded: Path) -> None:
     [
         (None, "is not a ptq checkpoint: it has no ptq_manifest.json$"),
         ({"model_type": "llama"}, "looks like a float model"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "in the 'gptq' format"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "in the 'hqq' format"),
         ({"quantization_config": {"quant_method": "ptq"}}, "copy the whole checkpoint again"),
         ([], "damaged"),
     ],
@@ -381,6 +381,15 @@ def test_directories_that_are_something_else(tmp_path: Path, config: Any, patter
         with pytest.raises(CheckpointError, match=pattern):
             call(tmp_path)
     assert len(verify_files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "compressed-tensors"])
+def test_formats_of_others_have_no_manifest(tmp_path: Path, name: str) -> None:
+    section = {"quantization_config": {"quant_method": name}}
+    (tmp_path / "config.json").write_text(json.dumps(section))
+    pattern = f"in the '{name}' format, which ptq.load reads.*convert_checkpoint.py --format ptq"
+    with pytest.raises(CheckpointError, match=pattern):
+        read_manifest(tmp_path)
 
 
 def test_nothing_there_or_a_file(tmp_path: Path) -> None:

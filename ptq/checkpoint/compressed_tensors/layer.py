@@ -1,8 +1,6 @@
 """One quantized layer as the tensors that the format stores, and back; codes never change."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,19 +13,13 @@ from ptq.checkpoint.compressed_tensors.words import (
     zero_points_from_words,
     zero_points_to_words,
 )
+from ptq.checkpoint.foreign_read import Expected, finite
+from ptq.checkpoint.foreign_write import Made, Values, lazily
 from ptq.config import Scheme
 from ptq.core import QuantizedWeight, pack
 from ptq.core.quantized_weight import SCALE_DTYPES
 from ptq.errors import CheckpointError
 from ptq.formats import INTEGERS, IntFormat
-
-
-@dataclass(frozen=True)
-class Expected:
-    """A tensor that a layer must have: one of these dtypes, this shape."""
-
-    dtypes: tuple[torch.dtype, ...]
-    shape: tuple[int, ...]
 
 
 def expected_tensors(group: Group, layout: Layout, rows: int, columns: int) -> dict[str, Expected]:
@@ -99,7 +91,7 @@ def read_weight(
         zero_point = _in_range("weight_zero_point", zero_point, fmt.bits).reshape(scale_shape)
     return QuantizedWeight(
         packed,
-        _usable("weight_scale", tensors["weight_scale"]).reshape(scale_shape),
+        finite("weight_scale", tensors["weight_scale"]).reshape(scale_shape),
         zero_point,
         fmt,
         gran,
@@ -111,7 +103,7 @@ def read_weight(
 def _read_input(tensors: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
     if "input_scale" not in tensors:
         return None, None
-    scale = _usable("input_scale", tensors["input_scale"]).float().reshape(())
+    scale = finite("input_scale", tensors["input_scale"]).float().reshape(())
     zero_point = tensors.get("input_zero_point")
     return scale, None if zero_point is None else zero_point.to(torch.int32).reshape(())
 
@@ -123,29 +115,15 @@ def _in_range(name: str, codes: Tensor, bits: int) -> Tensor:
     return codes
 
 
-def _usable(name: str, scale: Tensor) -> Tensor:
-    if not bool(scale.isfinite().all()):
-        raise CheckpointError(f"{name} has values that are not finite; the file is damaged")
-    return scale
-
-
-Values = Callable[[], Tensor]
-
-
 def stored_tensors(
     weight: QuantizedWeight, layout: Layout, scale_dtype: torch.dtype | None
-) -> dict[str, tuple[Tensor, Values]]:
-    """The tensors that the format stores of a weight: each without values (on the meta device),
-    and what makes the values.
+) -> Made:
+    """The tensors that the format stores of a weight.
 
     Args:
         scale_dtype: of the stored scales; None leaves them as they are.
     """
-    parts = {f.name: getattr(weight, f.name) for f in fields(weight)}
-    empty: dict[str, Any] = {k: v.to("meta") for k, v in parts.items() if isinstance(v, Tensor)}
-    shapes = _values(replace(weight, **empty), layout, scale_dtype)
-    made = _values(weight, layout, scale_dtype)
-    return {name: (shapes[name]().to("meta"), values) for name, values in made.items()}
+    return lazily(weight, lambda w: _values(w, layout, scale_dtype))
 
 
 def _values(

@@ -363,8 +363,8 @@ def test_configs_that_do_not_fit(tmp_path: Path) -> None:
         ({"load_in_8bit": True}, "'bitsandbytes'"),
         ({"quant_method": "torchao"}, "'torchao'.*tensor subclasses"),
         ({"quant_method": "hqq"}, "'hqq'.*fractions"),
-        ({"quant_method": "gptq"}, "'gptq'.*not there yet"),
-        ({"quant_method": "awq"}, "'awq'.*not there yet"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "'gptq'.*'marlin'"),
+        ({"quant_method": "awq", "version": "gemv"}, "'awq'.*'gemv'"),
         ({"quant_method": "mxfp4"}, "'mxfp4'"),
     ],
 )

@@ -1,0 +1,214 @@
+"""What writing the formats of other toolkits has in common: tensors by name, rounded scales, and a
+directory that appears once it reads back as it was written."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptq.checkpoint.atomic import replacing
+from ptq.checkpoint.shard import Elsewhere, dtype_name
+from ptq.checkpoint.shards import write_shards
+from ptq.checkpoint.side_files import copy_files, write_configs
+from ptq.checkpoint.target import check_target
+from ptq.checkpoint.tensors import distinct_tensors
+from ptq.core import QuantizedWeight
+from ptq.errors import CheckpointError, UnsupportedError
+from ptq.formats import IntFormat
+from ptq.kv_cache import cache_settings
+from ptq.model import Experts, stands_for
+from ptq.modules import QuantLinear, quantized_modules
+
+Values = Callable[[], Tensor]
+Made = Mapping[str, tuple[Tensor, Values]]
+"""A layer's tensors by the last part of their names: each on the meta device, and its values."""
+
+
+@dataclass(frozen=True)
+class ForeignCheckpoint:
+    """A model as a format stores it.
+
+    Args:
+        layers: the quantized layers, by name.
+        stored: the tensors of each of them.
+        config: ``quantization_config`` of config.json.
+        scale_dtype: what the scales were rounded to; None: they are as they were.
+    """
+
+    model: PreTrainedModel
+    layers: Mapping[str, QuantLinear]
+    stored: Mapping[str, Made]
+    config: Mapping[str, Any]
+    scale_dtype: torch.dtype | None
+
+
+def as_transformers_model(model: nn.Module, format_name: str) -> PreTrainedModel:
+    """The model, which is one of transformers and has quantized layers.
+
+    Raises:
+        UnsupportedError: it is none of transformers, or a layer is of a kind or of numbers that
+            the format's readers do not expect; it is named.
+        CheckpointError: nothing in it is quantized.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(
+            f"{type(model).__name__} is no transformers model, which {format_name} needs; "
+            "save it with ptq.save"
+        )
+    modules = quantized_modules(model)
+    if not modules:
+        raise CheckpointError(f"nothing in this {type(model).__name__} is quantized")
+    _check_kinds(model, modules, format_name)
+    for name, module in modules.items():
+        if not isinstance(module.scheme.weights.number_format, IntFormat):
+            raise UnsupportedError(
+                f"layer {name} has {module.scheme.weights.format} weights, which are not written "
+                f"to {format_name}; keep the ptq format, or choose an integer scheme such as w8a8"
+            )
+    return model
+
+
+def _check_kinds(model: nn.Module, layers: Iterable[str], format_name: str) -> None:
+    """Whether each of these quantized layers was an ``nn.Linear``."""
+    experts = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+    for name in layers:
+        origin = stands_for(model.get_submodule(name))
+        if origin is not None:
+            kind = type(origin).__name__
+        elif any(name.startswith(f"{owner}.") for owner in experts):
+            kind = "part of fused experts"
+        else:
+            continue
+        raise UnsupportedError(
+            f"layer {name} is {kind} in the float model, which no reader of {format_name} "
+            "expects; save it with ptq.save, or leave it float"
+        )
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """What only ptq's own format holds, in words."""
+    if cache_settings(model) is None:
+        return []
+    return ["left out: the quantized key-value cache, which only ptq has"]
+
+
+def lazily(weight: QuantizedWeight, values: Callable[[QuantizedWeight], dict[str, Values]]) -> Made:
+    """What ``values`` makes of a weight, and the shapes and dtypes of that (on the meta device)."""
+    parts = {f.name: getattr(weight, f.name) for f in fields(weight)}
+    empty: dict[str, Any] = {k: v.to("meta") for k, v in parts.items() if isinstance(v, Tensor)}
+    shapes = values(replace(weight, **empty))
+    return {name: (shapes[name]().to("meta"), value) for name, value in values(weight).items()}
+
+
+def float_linears(model: nn.Module) -> list[str]:
+    """The names of the linear layers that stay float."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def rounded_scales(
+    layers: Mapping[str, QuantLinear], dtype: torch.dtype | None, why: str, remedy: str
+) -> list[str]:
+    """What storing the scales in another dtype changes, in words.
+
+    Args:
+        dtype: None: nothing is changed.
+        why: whose dtype it is, as in ``"the model's dtype"``.
+        remedy: what to do to keep them as they are.
+
+    Raises:
+        UnsupportedError: a scale becomes zero or infinite; the layer is named.
+    """
+    worst, count = 0.0, 0
+    for name, layer in layers.items():
+        for scale in (layer.scale, layer.input_scale):
+            if dtype is None or scale is None:
+                continue
+            stored = scale.to(dtype).double()
+            if not bool(stored.isfinite().all()) or bool((stored == 0).any()):
+                raise UnsupportedError(
+                    f"layer {name} has scales that {dtype_name(dtype)}, {why}, cannot hold; "
+                    f"store them as they are: {remedy}"
+                )
+            change = float(((stored - scale.double()) / scale.double()).abs().max())
+            worst, count = max(worst, change), count + (change > 0)
+    if not count or dtype is None:
+        return []
+    return [
+        f"scales rounded to {dtype_name(dtype)}, {why}, in {count} tensors, by up to "
+        f"{worst:.2%}; {remedy} stores them as they are"
+    ]
+
+
+def write_foreign(
+    checkpoint: ForeignCheckpoint,
+    directory: str | Path,
+    read: Callable[[Path], nn.Module],
+    *,
+    tokenizer: Any,
+    shard_bytes: int,
+    carried: Mapping[str, Path] | None,
+) -> None:
+    """Write the directory, read it back with ``read`` and compare, and only then let it appear.
+
+    Raises:
+        CheckpointError: the directory cannot be used, the disk is full, or what was written reads
+            back as something else.
+    """
+    tensors, elsewhere = _tensors(checkpoint)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    target = check_target(directory, False, total)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target, False) as tmp:
+            write_configs(checkpoint.model, tmp, checkpoint.config)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(tmp))
+            copy_files(carried or {}, tmp)
+            write_shards(tensors, tmp, shard_bytes, total, elsewhere)
+            _check_read_back(checkpoint, read(tmp))
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint {target} ({total / 1e6:,.0f} MB) could not be written: {error}; "
+            "free some space, or choose another directory"
+        ) from error
+
+
+def _tensors(checkpoint: ForeignCheckpoint) -> tuple[dict[str, Tensor], Elsewhere]:
+    """All tensors by their names in the file; those of the layers on the meta device, and what
+    makes their values."""
+    layers, model = checkpoint.layers, checkpoint.model
+    own = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()}
+    own -= {f"{name}.bias" for name in layers}
+    found, aliases = distinct_tensors(model)
+    tied = model.all_tied_weights_keys
+    found |= {key: found[source] for key, source in aliases.items() if key not in tied}
+    tensors = {key: tensor for key, tensor in found.items() if key not in own}
+    elsewhere = {}
+    for name, made in checkpoint.stored.items():
+        for key, (empty, values) in made.items():
+            tensors[f"{name}.{key}"] = empty
+            elsewhere[f"{name}.{key}"] = values
+    return tensors, elsewhere
+
+
+def _check_read_back(checkpoint: ForeignCheckpoint, loaded: nn.Module) -> None:
+    """Whether every layer has the codes and zero points that it had, and the scales as stored."""
+    layers, dtype = checkpoint.layers, checkpoint.scale_dtype
+    found = quantized_modules(loaded)
+    for name in (*layers, *found):
+        if name not in layers or name not in found:
+            raise CheckpointError(f"layer {name} does not read back as it was written")
+    for name, layer in layers.items():
+        back = found[name].state_dict()
+        for key, tensor in layer.state_dict().items():
+            wanted = tensor
+            if dtype is not None and key in ("scale", "input_scale"):
+                wanted = tensor.to(dtype).to(torch.float32 if key == "input_scale" else dtype)
+            if key not in back and key == "zero_point" and not bool(tensor.any()):
+                continue  # all in the middle: read as symmetric
+            if key not in back or not torch.equal(wanted.cpu(), back[key]):
+                raise CheckpointError(f"tensor {name}.{key} does not read back as it was written")

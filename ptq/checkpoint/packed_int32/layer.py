@@ -1,0 +1,146 @@
+"""One quantized layer as the tensors that GPTQ and AWQ store, and back; codes never change."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ptq.checkpoint.foreign_read import FLOATS, Expected, finite
+from ptq.checkpoint.foreign_write import Made, Values, lazily
+from ptq.checkpoint.packed_int32.layouts import (
+    codes_from_words,
+    codes_to_words,
+    fills_words,
+    zeros_from_words,
+    zeros_to_words,
+)
+from ptq.checkpoint.packed_int32.settings import LayoutName, Settings
+from ptq.checkpoint.shard import dtype_name
+from ptq.config import Scheme
+from ptq.core import QuantizedWeight
+from ptq.core.quantized_weight import SCALE_DTYPES
+from ptq.errors import CheckpointError, UnsupportedError
+
+SCALE_DTYPE = torch.float16
+"""What the formats were made with; GPTQModel keeps bfloat16 as well, and vLLM takes it."""
+KEPT_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def expected_tensors(
+    settings: Settings, layout: LayoutName, shape: tuple[int, int], bias: bool
+) -> dict[str, Expected]:
+    """The tensors of a layer [N, K], by the last part of their names.
+
+    Args:
+        bias: the layer has one; else its tensor, which some writers fill with zeros, may be there.
+
+    Raises:
+        UnsupportedError: the sizes do not go with the bits or the group size.
+    """
+    rows, columns = shape
+    bits, size = settings.bits, settings.group(columns) or columns
+    if columns % size:
+        raise UnsupportedError(
+            f"its group size {size} does not divide its input size {columns}, which ptq cannot "
+            "load; quantize again with a group size that does"
+        )
+    packed = rows if layout == "awq" else columns
+    if not fills_words(rows, bits) or not fills_words(packed, bits):
+        raise UnsupportedError(f"its sizes {list(shape)} do not fill words with {bits}-bit codes")
+    words = rows * bits // 32
+    across = (columns, words) if layout == "awq" else (columns * bits // 32, rows)
+    found = {
+        "qweight": Expected((torch.int32,), across),
+        "qzeros": Expected((torch.int32,), (columns // size, words)),
+        "scales": Expected(SCALE_DTYPES, (columns // size, rows)),
+    }
+    if layout != "awq":
+        found["g_idx"] = Expected((torch.int32, torch.int64), (columns,), optional=True)
+    if not bias:
+        found["bias"] = Expected(FLOATS, (rows,), optional=True)
+    return found
+
+
+def read_weight(
+    settings: Settings,
+    layout: LayoutName,
+    shape: tuple[int, int],
+    tensors: Mapping[str, Tensor],
+) -> tuple[QuantizedWeight, Scheme]:
+    """The weight [N, K] of the tensors of one layer, which are as :func:`expected_tensors` says.
+
+    It is symmetric if all its zero points are in the middle.
+
+    Raises:
+        CheckpointError: a scale is no number, or a symmetric layer has other zero points.
+        UnsupportedError: the layer was quantized in act-order, or has zero points that ptq cannot
+            read.
+    """
+    rows, columns = shape
+    size = settings.group(columns)
+    if "g_idx" in tensors:
+        _check_order(tensors["g_idx"], size or columns)
+    scale = finite("scales", tensors["scales"]).t().contiguous()
+    zeros = zeros_from_words(tensors["qzeros"], rows, layout, settings.bits)
+    symmetric = not bool(zeros.any())
+    if settings.symmetric and not symmetric:
+        raise CheckpointError(
+            "quantization_config says sym, but qzeros has zero points that are not in the middle, "
+            "so that readers would not agree; the file is damaged, or checkpoint_format is another"
+        )
+    scheme = Scheme.model_validate(
+        {
+            "weights": {
+                "format": f"int{settings.bits}",
+                "symmetric": symmetric,
+                "granularity": "channel" if size is None else "group",
+                "group_size": size,
+                "scale_dtype": dtype_name(scale.dtype),
+                "signed_scale": symmetric and bool((scale < 0).any()),
+            }
+        }
+    )
+    fmt, gran = scheme.weights.int_format, scheme.weights.granularity_value
+    packed = codes_from_words(tensors["qweight"], shape, layout, settings.bits)
+    return QuantizedWeight(packed, scale, None if symmetric else zeros, fmt, gran, shape), scheme
+
+
+def _check_order(g_idx: Tensor, size: int) -> None:
+    wanted = torch.arange(len(g_idx), device=g_idx.device) // size
+    if not torch.equal(g_idx.long(), wanted):
+        raise UnsupportedError(
+            "it was quantized in act-order (desc_act): by g_idx the inputs of a group are not "
+            "neighbours, which ptq cannot load; quantize again with desc_act=False"
+        )
+
+
+def stored_tensors(
+    weight: QuantizedWeight, layout: LayoutName, scale_dtype: torch.dtype | None
+) -> Made:
+    """The tensors that the format stores of a weight.
+
+    Args:
+        scale_dtype: of the stored scales; None leaves them as they are.
+    """
+    return lazily(weight, lambda w: _values(w, layout, scale_dtype or w.scale.dtype))
+
+
+def _values(
+    weight: QuantizedWeight, layout: LayoutName, scale_dtype: torch.dtype
+) -> dict[str, Values]:
+    fmt, (_, columns) = weight.format, weight.shape
+    size = weight.granularity.group_size or columns
+
+    def zeros() -> Tensor:
+        if weight.zero_point is not None:
+            return weight.zero_point
+        return torch.zeros_like(weight.scale, dtype=torch.int8)
+
+    made: dict[str, Values] = {
+        "qweight": lambda: codes_to_words(weight.packed, columns, fmt, layout),
+        "qzeros": lambda: zeros_to_words(zeros(), fmt, layout),
+        "scales": lambda: weight.scale.t().contiguous().to(scale_dtype),
+    }
+    if layout != "awq":
+        made["g_idx"] = lambda: (torch.arange(columns) // size).to(torch.int32)
+    return made
