@@ -20,6 +20,7 @@ from ptq.config import Scheme
 from ptq.core import QuantizedWeight
 from ptq.core.quantized_weight import SCALE_DTYPES
 from ptq.errors import CheckpointError, UnsupportedError
+from ptq.formats import IntFormat
 
 SCALE_DTYPE = torch.float16
 """What the formats were made with; GPTQModel keeps bfloat16 as well, and vLLM takes it."""
@@ -129,6 +130,7 @@ def _values(
     weight: QuantizedWeight, layout: LayoutName, scale_dtype: torch.dtype
 ) -> dict[str, Values]:
     fmt, (_, columns) = weight.format, weight.shape
+    assert isinstance(fmt, IntFormat)  # the writer has refused the others
     size = weight.granularity.group_size or columns
 
     def zeros() -> Tensor:
