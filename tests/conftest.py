@@ -1,6 +1,7 @@
 """What every test gets: no network, and a clean, seeded torch."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,12 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model_directory, tiny_text
+
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:  # they share the cores, and so do the processes that they start
+    _threads = max(1, (os.cpu_count() or 1) // _WORKERS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
+    torch.set_num_threads(_threads)
 
 
 @pytest.fixture(autouse=True)

@@ -168,7 +168,8 @@ def test_gptq_lowers_the_error_of_every_layer(family: str) -> None:
         }
     first = [n for n in errors["rtn"] if ".0." in n.split("experts")[0]]
     experts = [n for n in first if ".experts." in n]
-    assert len(experts) == (0 if family == "gpt2" else 8)
+    # The first block of the tiny qwen3_moe has none.
+    assert len(experts) == (0 if family in ("gpt2", "qwen3_moe") else 8)
     total = {recipe: sum(e[n] for n in first) for recipe, e in errors.items()}
     assert total["gptq"] < 0.8 * total["rtn"]
     assert sum(errors["gptq"][n] < errors["rtn"][n] for n in first) >= len(first) - 1

@@ -142,9 +142,9 @@ def test_memory_may_begin_anywhere(kernel: Kernel, dtype: torch.dtype) -> None:
     n, k = 48, 128
     for weights in WEIGHTS:
         for activations in ACTIVATIONS:
-            scheme = Scheme.model_validate({"weights": weights, "activations": activations})
-            weight = make_weight(n, k, scheme)
-            if weight is None:
+            scheme = make_scheme(weights, activations)
+            weight = None if scheme is None else make_weight(n, k, scheme)
+            if scheme is None or weight is None:
                 continue
             weight = replace(weight, packed=misaligned(weight.packed))
             for m in (1, 4, 17):

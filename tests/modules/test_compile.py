@@ -26,7 +26,11 @@ def test_few_graphs_serve_every_number_of_rows(scheme: str) -> None:
     with torch.no_grad():
         for rows in (1, 2, 3, 5, 7, 12, 17, 20, 33, 40, 49, 64, 73, 100):
             x = torch.randn(rows, 64)
-            assert torch.equal(compiled(x), model(x))
+            found, expected = compiled(x), model(x)
+            if scheme.startswith(("w3", "w4")):  # eager code may multiply these in bfloat16
+                assert (found - expected).norm() <= 2**-7 * expected.norm()
+            else:
+                assert torch.equal(found, expected)
     assert graphs.frame_count <= 4
 
 
