@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
-from ptq.compiled_step import CompiledStep
+from ptq.compiled_step import CompiledStep, bind
 from ptq.errors import ConfigError, UnsupportedError
-from ptq.kernels import row_ranges, select
 from ptq.kv_cache import cache_settings
 from ptq.model import eval_mode, max_positions
-from ptq.modules import QuantLinear, join, readers_of_one_tensor
 
 _DEFAULT_LENGTH = 1024
 _OTHER_CACHES = ("past_key_values", "assistant_model", "prompt_lookup_num_tokens")
@@ -55,7 +53,7 @@ def compile_model(
     if isinstance(model, PreTrainedModel) and model.can_generate():
         _compile_generation(model, max_length, batch_size)
     else:
-        _bind(model, None)
+        bind(model, None)
         model.compile(dynamic=True)
     return model
 
@@ -67,9 +65,9 @@ class CompiledGenerate:
     (an assistant, prompt look-up), the model generates as before.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, batch_size: int) -> None:
         self.model = model
-        self.step = CompiledStep(model)
+        self.step = CompiledStep(model, batch_size)
         self.settings = CompileConfig()
         # Else transformers compiles on accelerators only.
         self.settings._compile_all_devices = True  # type: ignore[assignment]
@@ -116,9 +114,7 @@ def _compile_generation(model: Any, max_length: int | None, batch_size: int) -> 
             f"{type(model).__name__} does not support a cache of fixed size in transformers; "
             "call torch.compile yourself"
         )
-    _bind(model, batch_size)
-    _join(model, batch_size)
-    model.generate = CompiledGenerate(model)
+    model.generate = CompiledGenerate(model, batch_size)
     try:
         _warm_up(model, max_length, batch_size)
     except BaseException:
@@ -133,30 +129,6 @@ def _require_compiler(model: nn.Module) -> None:
         raise UnsupportedError(
             "ptq.compile needs a C++ compiler on a CPU: install g++ or clang++, or set CXX"
         )
-
-
-@torch.no_grad()
-def _bind(model: nn.Module, rows: int | None) -> None:
-    """Let the kernels of the rule of thumb make their forms of the weights, which must not happen
-    in the graph: those for a number of rows, or for any (None)."""
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    for layer in model.modules():
-        if isinstance(layer, QuantLinear):
-            spec = layer.spec(layer.codes.device.type, dtype, 1)
-            counts = [r.first for r in row_ranges(spec)] if rows is None else [rows]
-            for m in counts:
-                layer.prepared(select(spec.with_rows(m)), dtype)
-
-
-@torch.no_grad()
-def _join(model: Any, rows: int) -> None:
-    """Let layers that read the same tensor in a step be one product."""
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    ids = torch.zeros((rows, 1), dtype=torch.int64, device=model.device)
-    with eval_mode(model):
-        groups = readers_of_one_tensor(model, lambda: model(input_ids=ids, use_cache=False))
-    for layers in groups:
-        join(layers, rows, dtype)
 
 
 def _warm_up(model: Any, max_length: int, batch_size: int) -> None:

@@ -5,9 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq.common_subexpressions import CommonSubexpressions
+from ptq.kernels import row_ranges, select
+from ptq.model import eval_mode
+from ptq.modules import QuantLinear, join, readers_of_one_tensor
 
 
 class CompiledStep:
@@ -15,15 +18,25 @@ class CompiledStep:
 
     Guards on the attributes of the model's modules are left out: to check them takes 3 ms for 30
     blocks, a seventh of a token. So a module that is exchanged after compiling is not noticed;
-    weights that are changed in place are.
+    weights that are changed in place, moved or loaded are.
+
+    Args:
+        rows: sequences that are decoded together, for which the kernels' forms are made before.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, rows: int) -> None:
         self.model = model
+        self.rows = rows
         self._compiled: Any = None
+        self._layers: list[QuantLinear] = []
+        self._releases = 0  # of the layers, when the forms that the graph reads were made
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        if self._compiled is None:
+        if self._compiled is None or self._releases != sum(n.releases for n in self._layers):
+            join_readers(self.model, self.rows)
+            bind(self.model, self.rows)
+            self._layers = [m for m in self.model.modules() if isinstance(m, QuantLinear)]
+            self._releases = sum(n.releases for n in self._layers)
             settings: dict[str, Any] = {
                 "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
                 "post_grad_custom_pre_pass": CommonSubexpressions(),
@@ -38,7 +51,31 @@ class CompiledStep:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: the compiled code holds the original's weights."""
-        return {"model": self.model, "_compiled": None}
+        return {**self.__dict__, "_compiled": None}
+
+
+@torch.no_grad()
+def bind(model: nn.Module, rows: int | None) -> None:
+    """Let the kernels of the rule of thumb make their forms of the weights, which must not happen
+    in the graph: those for a number of rows, or for any (None)."""
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear):
+            spec = layer.spec(layer.codes.device.type, dtype, 1)
+            counts = [r.first for r in row_ranges(spec)] if rows is None else [rows]
+            for m in counts:
+                layer.prepared(select(spec.with_rows(m)), dtype)
+
+
+@torch.no_grad()
+def join_readers(model: Any, rows: int) -> None:
+    """Let layers that read the same tensor in a step be one product."""
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    ids = torch.zeros((rows, 1), dtype=torch.int64, device=model.device)
+    with eval_mode(model):
+        groups = readers_of_one_tensor(model, lambda: model(input_ids=ids, use_cache=False))
+    for layers in groups:
+        join(layers, rows, dtype)
 
 
 def additive(mask: Any, dtype: torch.dtype) -> Any:

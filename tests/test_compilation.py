@@ -87,6 +87,22 @@ def test_a_copy_decodes_its_own_weights() -> None:
     assert torch.equal(twin.generate(prompt, **options), eager.generate(prompt, **options))
 
 
+def test_weights_that_are_loaded_after_compiling_are_used() -> None:
+    """Their kernels' forms are others, which the graph does not look for by itself."""
+    torch._dynamo.reset()
+    model, other = tiny_llama(), tiny_llama(seed=5)
+    for each in (model, other):
+        ptq.quantize(each, "w8a16")
+    prompt = tiny_tokens(1, 4)
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False,
+               "pad_token_id": 0}  # fmt: skip
+    expected = other.generate(prompt, **options)
+    ptq.compile(model, max_length=24)
+    assert not torch.equal(model.generate(prompt, **options), expected)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model.generate(prompt, **options), expected)
+
+
 def test_a_generation_config_and_another_cache() -> None:
     torch._dynamo.reset()
     model = tiny_llama()

@@ -29,7 +29,7 @@ def test_the_kind_of_attention_is_restored() -> None:
         seen.append(model.config._attn_implementation)
         raise ValueError("stop")
 
-    compiled = CompiledStep(model)
+    compiled = CompiledStep(model, 1)
     compiled._compiled = step
     with pytest.raises(ValueError, match="stop"):
         compiled(input_ids=tiny_tokens(1, 1))
@@ -41,6 +41,6 @@ def test_the_kind_of_attention_is_restored() -> None:
 def test_composite_and_plain_models_keep_their_attention(kind: str) -> None:
     parts = {"text_config": object} if kind == "sdpa" else {}
     config = SimpleNamespace(sub_configs=parts, _attn_implementation=kind)
-    compiled = CompiledStep(SimpleNamespace(device=torch.device("cpu"), config=config))
+    compiled = CompiledStep(SimpleNamespace(device=torch.device("cpu"), config=config), 1)
     compiled._compiled = lambda **_: config._attn_implementation
     assert compiled(input_ids=None) == kind

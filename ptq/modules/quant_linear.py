@@ -44,6 +44,7 @@ class QuantLinear(nn.Module):
         self.rotation = Rotation.of(self.in_features) if rotated else None
         self.shared_input: SharedInput | None = None
         self.joint: JointProduct | None = None  # in compiled graphs
+        self.releases = 0  # how often forms of the weight were forgotten
         self.tied_to: tuple[nn.Module, ...] = ()  # a tuple: the owner is no submodule
         self._prepared: dict[tuple[str, torch.dtype], Any] = {}
         self._choice: dict[tuple[str, torch.dtype, int], Kernel] = {}
@@ -93,14 +94,13 @@ class QuantLinear(nn.Module):
         """The forward pass by a given kernel (None: the chosen one)."""
         rows = x.detach().reshape(-1, self.in_features)
         kernel = kernel or self.kernel(rows)
-        prepared = self.prepared(kernel, rows.dtype)
         codes = None if kernel.integer else _float_codes(x.dtype)
         activation = self._activation(x, rows, codes)
         joint = self.joint if torch.compiler.is_compiling() else None
         if joint is not None and joint.serves(kernel, rows):
             y = joint.linear(activation)
         else:
-            y = kernel.linear(activation, prepared, x.dtype)
+            y = kernel.linear(activation, self.prepared(kernel, rows.dtype), x.dtype)
         if self.bias is not None:
             y = y.add_(self.bias)
         return y.view(*x.shape[:-1], self.out_features)
@@ -154,6 +154,7 @@ class QuantLinear(nn.Module):
 
     def release(self) -> None:
         """Forget the kernels' own forms of the weight; they are made again when needed."""
+        self.releases += 1
         self.joint = None
         self._prepared.clear()
         self._choice.clear()
