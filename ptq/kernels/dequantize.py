@@ -17,7 +17,7 @@ from ptq.kernels.spec import LinearSpec
 
 _CPU_BLOCK = 1 << 20  # weights at a time: in the last-level cache
 _CPU_BYTES_BLOCK = 1 << 21  # of codes that are converted in one pass
-_UNPACKED = 1 << 18  # of nibbles in float32 at a time
+_UNPACKED = 1 << 19  # of nibbles in float32 at a time
 _GPU_BLOCK = 1 << 26  # the launches cost more than the memory
 
 
