@@ -295,6 +295,25 @@ def test_dynamic_activations_are_within_half_a_step(symmetric: bool) -> None:
     assert (error <= activation.scale * 0.5 * (1 + 1e-5) + 1e-7 * x.abs()).all()
 
 
+def test_many_rows_are_quantized_like_each_of_them() -> None:
+    """They are quantized some at a time."""
+    scheme = ActivationScheme(mode="dynamic", symmetric=True, format="int8")
+    x = torch.randn(700, 1024) * torch.logspace(-3, 3, 700).unsqueeze(1)
+    activation = quantize_activation(x, scheme)
+    assert activation.scale is not None
+    assert ((activation.dequantize() - x).abs() <= activation.scale * 0.5 * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("weights", [{"format": "int4", "group_size": 64}, {"format": "int8"}])
+def test_a_weight_of_several_blocks(weights: dict) -> None:
+    """Large enough to be dequantized block by block, and nibbles in several pieces of a block."""
+    scheme = Scheme.model_validate({"weights": weights})
+    weight = make_weight(4700, 512, scheme)
+    assert weight is not None
+    spec = LinearSpec.of(weight, None, "cpu", torch.float32, 3)
+    check(next(k for k in KERNELS if k.name == "dequantize"), spec, weight, torch.randn(3, 512))
+
+
 def test_static_activations_saturate() -> None:
     scheme = ActivationScheme(mode="static", symmetric=True, format="int8")
     x = torch.tensor([[-10.0, -1.0, 0.0, 0.5, 127 / 128, 10.0]])
