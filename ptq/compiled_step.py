@@ -44,8 +44,7 @@ class CompiledStep:
             self._compiled = torch.compile(self.model.__call__, options=settings)
         if not _attends_by_sdpa_on_cpu(self.model):
             return self._compiled(*arguments, **options)
-        dtype = next(self.model.parameters()).dtype
-        mask = additive(options.get("attention_mask"), dtype)
+        mask = additive(options.get("attention_mask"), _dtype(self.model))
         with _plain_attention(self.model.config):
             return self._compiled(*arguments, **{**options, "attention_mask": mask})
 
@@ -58,7 +57,7 @@ class CompiledStep:
 def bind(model: nn.Module, rows: int | None) -> None:
     """Let the kernels of the rule of thumb make their forms of the weights, which must not happen
     in the graph: those for a number of rows, or for any (None)."""
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    dtype = _dtype(model)
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
             spec = layer.spec(layer.codes.device.type, dtype, 1)
@@ -70,12 +69,17 @@ def bind(model: nn.Module, rows: int | None) -> None:
 @torch.no_grad()
 def join_readers(model: Any, rows: int) -> None:
     """Let layers that read the same tensor in a step be one product."""
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    dtype = _dtype(model)
     ids = torch.zeros((rows, 1), dtype=torch.int64, device=model.device)
     with eval_mode(model):
         groups = readers_of_one_tensor(model, lambda: model(input_ids=ids, use_cache=False))
     for layers in groups:
         join(layers, rows, dtype)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """What the model computes in."""
+    return next((p.dtype for p in model.parameters()), torch.float32)
 
 
 def additive(mask: Any, dtype: torch.dtype) -> Any:

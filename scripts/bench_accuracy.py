@@ -22,6 +22,7 @@ from typing import Any
 import peers
 import yaml
 from arguments import model_parser
+from figures import protocol_line, ratio_cell, write_figures
 
 from ptq.calibrate import TokenSet, calibration_tokens, overlap
 from ptq.command import output_file, positive, run_command
@@ -207,7 +208,7 @@ def keep(path: Path, model: str, row: dict[str, Any]) -> None:
     same = ("name", "config", "protocol")
     rows = [r for r in document["rows"] if any(r[key] != row[key] for key in same)]
     document["rows"] = [*rows, json.loads(json.dumps(row))]
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_figures(path, document)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -217,16 +218,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     lines += [
         f"| {r['scheme']} | {r['recipe']} "
-        f"| {r['ratio']:.4f} [{r['ratio_low']:.4f}, {r['ratio_high']:.4f}] | {r['kl_mean']:.4f} "
+        f"| {ratio_cell(r)} | {r['kl_mean']:.4f} "
         f"| {100 * r['top1_agreement']:.1f}% | {r['seconds']:.0f} |"
         for r in rows
     ]
-    protocol = rows[0]["protocol"]
-    return "\n".join(lines) + (
-        f"\n\nFloat perplexity {rows[0]['float_perplexity']:.3f} ({protocol['float_dtype']}), "
-        f"{protocol['tokens_scored']:,} tokens in {protocol['windows']} windows of "
-        f"{protocol['context']}, tokens {protocol['tokens_sha256'][:12]}."
-    )
+    return "\n".join(lines) + "\n\n" + protocol_line(rows[0])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,6 @@ Every model generates in turn in one process, through ``model.generate``. A turn
 
 import argparse
 import copy
-import json
 import sys
 import time
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 from arguments import command_line, model_parser
+from figures import write_figures
 from racing import compared, race, timed
 from torch import Tensor
 
@@ -110,7 +110,7 @@ def bench(options: argparse.Namespace, console: Console) -> None:
             "model": options.model, "head": options.head,
             "command": options.command, "environment": environment(), "rows": rows,
         }  # fmt: skip
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_figures(options.json, document)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,7 +7,6 @@ lines of the text, or its pieces between full stops.
 
 import argparse
 import copy
-import json
 import re
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from arguments import model_parser
+from figures import write_figures
 from torch import Tensor, nn
 
 from ptq.calibrate import load_documents
@@ -94,7 +94,7 @@ def bench(options: argparse.Namespace, console: Console) -> None:
             )
     if options.json:
         document = {"model": options.model, "environment": environment(), "rows": rows}
-        Path(options.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_figures(Path(options.json), document)
 
 
 def main(arguments: list[str] | None = None) -> int:

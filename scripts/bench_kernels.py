@@ -10,7 +10,6 @@ they keep a second form of the weight.
 """
 
 import argparse
-import json
 import sys
 from functools import partial
 from itertools import cycle
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from arguments import command_line, dynamic_scheme, shape
+from figures import write_figures
 from racing import compared, race, speeds, timed
 from torch import Tensor, nn
 
@@ -176,7 +176,7 @@ def bench(options: argparse.Namespace) -> None:
             "command": options.command, "environment": environment(), "bandwidth": speed,
             "rows": rows,
         }  # fmt: skip
-        options.json.write_text(json.dumps(document, indent=1))
+        write_figures(options.json, document)
 
 
 def main(arguments: list[str] | None = None) -> int:

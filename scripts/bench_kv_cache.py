@@ -10,7 +10,6 @@ of the turns' ratios.
 
 import argparse
 import copy
-import json
 import sys
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 from arguments import model_parser
+from figures import protocol_line, ratio_cell, write_figures
 from racing import compared, race, timed
 from torch import Tensor
 
@@ -153,17 +153,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['kind']} | {r['ratio']:.4f} [{r['ratio_low']:.4f}, {r['ratio_high']:.4f}] "
+        f"| {r['kind']} | {ratio_cell(r)} "
         f"| {r['kl_mean']:.4f} | {100 * r['top1_agreement']:.1f}% "
         f"| {r['cache']['fraction']:.4f} at {r['cache']['tokens']:,} tokens |"
         for r in rows
     ]
-    protocol = rows[0]["protocol"]
-    return "\n".join(lines) + (
-        f"\n\nFloat perplexity {rows[0]['float_perplexity']:.3f} ({protocol['float_dtype']}), "
-        f"{protocol['tokens_scored']:,} tokens in {protocol['windows']} windows of "
-        f"{protocol['context']}, tokens {protocol['tokens_sha256'][:12]}."
-    )
+    return "\n".join(lines) + "\n\n" + protocol_line(rows[0])
 
 
 def bench(options: argparse.Namespace, console: Console) -> None:
@@ -176,7 +171,7 @@ def bench(options: argparse.Namespace, console: Console) -> None:
             "model": options.model, "environment": environment(),
             "quality": quality, "speed": speed,
         }  # fmt: skip
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_figures(options.json, document)
 
 
 def main(arguments: list[str] | None = None) -> int:

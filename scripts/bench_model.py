@@ -13,7 +13,6 @@ is a run of llama-bench.
 """
 
 import argparse
-import json
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -22,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from arguments import command_line, model_parser
+from figures import write_figures
 from llama_bench import llama_candidate
 from model_candidates import (
     RANDOM,
@@ -140,7 +140,7 @@ def bench(options: argparse.Namespace, console: Console) -> None:
             "decode_after": options.decode_after,
             "environment": environment(), "models": models, "rows": rows,
         }  # fmt: skip
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_figures(options.json, document)
 
 
 def described(candidate: Candidate) -> dict[str, Any]:

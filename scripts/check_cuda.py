@@ -8,12 +8,12 @@ Weights are hot. A kernel of this device that no layer reached is named, with it
 """
 
 import argparse
-import json
 import sys
 from typing import Any
 
 import torch
 from arguments import dynamic_scheme, script_parser, shape
+from figures import write_figures
 from racing import race, timed
 from torch import Tensor, nn
 
@@ -133,7 +133,7 @@ def bench(options: argparse.Namespace) -> None:
         print(f"not checked: {name}: {reason}")
     if options.json:
         document = {"environment": environment(), "rows": found, "not_checked": missing}
-        options.json.write_text(json.dumps(document, indent=1))
+        write_figures(options.json, document)
     wrong = [row for row in found if not row["right"]]
     if wrong:
         raise UnsupportedError(

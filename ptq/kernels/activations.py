@@ -93,9 +93,7 @@ def symmetric_codes(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     Args:
         x: floating point [M, K].
     """
-    # vector_norm(inf) and aminmax take ten times as long on a CPU.
-    peak = x.abs().amax(dim=-1, keepdim=True)
-    scale = peak.float().div_(largest).clamp_(min=_SMALLEST)
+    scale = _row_scale(x, largest)
     return torch.div(x.float(), scale).round_(), scale
 
 
@@ -105,8 +103,14 @@ def float_codes(x: Tensor, fmt: FloatFormat) -> tuple[Tensor, Tensor]:
     Args:
         x: floating point [M, K].
     """
-    scale = x.abs().amax(dim=-1, keepdim=True).float().div_(fmt.qmax).clamp_(min=_SMALLEST)
+    scale = _row_scale(x, fmt.qmax)
     return fmt.nearest(torch.div(x.float(), scale)), scale
+
+
+def _row_scale(x: Tensor, largest: float) -> Tensor:
+    """float32 [M, 1]: what makes the largest magnitude of a row ``largest``."""
+    # vector_norm(inf) and aminmax take ten times as long on a CPU.
+    return x.abs().amax(dim=-1, keepdim=True).float().div_(largest).clamp_(min=_SMALLEST)
 
 
 def by_chunks(

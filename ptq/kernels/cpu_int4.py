@@ -62,7 +62,6 @@ class Int4Pack:
     integer: bool = False
     rows: int = 72
     rows_of_large: int = 48
-    large: int = 1 << 22  # weights
 
     def supports(self, spec: LinearSpec) -> str | None:
         if spec.device != "cpu":
@@ -75,7 +74,7 @@ class Int4Pack:
         return None
 
     def declines(self, spec: LinearSpec) -> str | None:
-        return few_rows(spec, self.rows if spec.n * spec.k < self.large else self.rows_of_large)
+        return few_rows(spec, self.rows, self.rows_of_large)
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Int4Prepared:
         group = op_group(LinearSpec.of(weight, None, "cpu", dtype, 1))

@@ -41,7 +41,6 @@ class Int8Pack:
     integer: bool = False
     rows: int = 24
     rows_of_large: int = 8
-    large: int = 1 << 22  # weights
 
     def supports(self, spec: LinearSpec) -> str | None:
         if spec.device != "cpu":
@@ -56,7 +55,7 @@ class Int8Pack:
         return None
 
     def declines(self, spec: LinearSpec) -> str | None:
-        return few_rows(spec, self.rows if spec.n * spec.k < self.large else self.rows_of_large)
+        return few_rows(spec, self.rows, self.rows_of_large)
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Int8Packed:
         scale = weight.scale.float().reshape(1, -1).expand(1, weight.shape[0])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptq.core import Granularity, QuantizedWeight
 from ptq.formats import FORMATS, IntFormat
-from ptq.kernels.activations import Activation
+from ptq.kernels.activations import Activation, symmetric_codes
 from ptq.kernels.cpu_int_mm import plain_loop, vnni_reason
 from ptq.kernels.cpu_two_digit import TwoDigit, joined, two_digits
 from ptq.kernels.integer import integer_reason, integer_tolerance
@@ -143,9 +143,8 @@ class Requantized:
         return second_form(self.extra_bytes(spec))
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> Packed:
-        values = weight.dequantize()
-        scale = values.abs().amax(dim=1, keepdim=True).div_(127).clamp_(min=_SMALLEST)
-        return pack(values.div_(scale).round_().to(torch.int8), scale)
+        codes, scale = symmetric_codes(weight.dequantize(), 127)
+        return pack(codes.to(torch.int8), scale)
 
     def linear(self, x: Activation, prepared: Packed, dtype: torch.dtype) -> Tensor:
         return OneDnn().linear(x, prepared, dtype)
@@ -162,6 +161,3 @@ class Requantized:
         return replace(
             spec, format=FORMATS["int8"], granularity=Granularity("channel"), symmetric=True
         )
-
-
-_SMALLEST = torch.finfo(torch.float32).smallest_normal

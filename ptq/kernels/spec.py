@@ -83,8 +83,14 @@ def int8_reason(spec: LinearSpec) -> str | None:
     return None
 
 
-def few_rows(spec: LinearSpec, limit: int) -> str | None:
-    """The rule of thumb of kernels that are good for a few rows."""
+LARGE = 1 << 22
+"""Weights of a layer from which on a kernel for few rows is slower sooner."""
+
+
+def few_rows(spec: LinearSpec, limit: int, limit_of_large: int | None = None) -> str | None:
+    """The rule of thumb of kernels that are good for a few rows; for fewer of large weights."""
+    if limit_of_large is not None and spec.n * spec.k >= LARGE:
+        limit = limit_of_large
     return f"more than {limit} rows: slower than dequantizing" if spec.m > limit else None
 
 

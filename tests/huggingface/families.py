@@ -28,6 +28,15 @@ _TOWER: dict[str, Any] = {
     "num_attention_heads": 4,
 }
 _IMAGE = {"image_size": 16, "patch_size": 8}
+_SIDES = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
 _SEQ2SEQ = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "vocab_size": 97}
 
 FAMILIES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
@@ -97,13 +106,7 @@ FAMILIES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
             **_SEQ2SEQ,
             bos_token_id=2,
             forced_eos_token_id=None,
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=64,
-            decoder_ffn_dim=64,
+            **_SIDES,
             max_position_embeddings=64,
         ),
     ),
@@ -126,13 +129,7 @@ FAMILIES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
             begin_suppress_tokens=None,
             vocab_size=97,
             num_mel_bins=8,
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=64,
-            decoder_ffn_dim=64,
+            **_SIDES,
             max_source_positions=8,
             max_target_positions=16,
         ),
