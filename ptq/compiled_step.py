@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.common_subexpressions import CommonSubexpressions
+from ptq.compiled_regions import Region, as_regions, find_regions
 from ptq.kernels import row_ranges, select
 from ptq.model import eval_mode
 from ptq.modules import QuantLinear, join, readers_of_one_tensor
@@ -28,6 +29,7 @@ class CompiledStep:
         self.model = model
         self.rows = rows
         self._compiled: Any = None
+        self._regions: dict[nn.Module, Region] = {}
         self._layers: list[QuantLinear] = []
         self._releases = 0  # of the layers, when the forms that the graph reads were made
 
@@ -42,15 +44,17 @@ class CompiledStep:
                 "post_grad_custom_pre_pass": CommonSubexpressions(),
             }
             self._compiled = torch.compile(self.model.__call__, options=settings)
+            self._regions = find_regions(self.model, options)
         if not _attends_by_sdpa_on_cpu(self.model):
-            return self._compiled(*arguments, **options)
+            with as_regions(self._regions):
+                return self._compiled(*arguments, **options)
         mask = additive(options.get("attention_mask"), _dtype(self.model))
-        with _plain_attention(self.model.config):
+        with _plain_attention(self.model.config), as_regions(self._regions):
             return self._compiled(*arguments, **{**options, "attention_mask": mask})
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: the compiled code holds the original's weights."""
-        return {**self.__dict__, "_compiled": None}
+        return {**self.__dict__, "_compiled": None, "_regions": {}}
 
 
 @torch.no_grad()

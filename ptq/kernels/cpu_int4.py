@@ -48,6 +48,7 @@ class Int4Prepared:
     packed: Tensor
     scales_and_zeros: Tensor
     group: int
+    group_size: Tensor | None = None  # the same, for compiled code
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,20 @@ class Int4Pack:
         assert group is not None
         unsigned = weight.codes.to(torch.int32) + 8
         packed = torch._convert_weight_to_int4pack_for_cpu(unsigned, 1)
-        return Int4Prepared(packed, scales_and_zeros(weight, group), group)
+        return Int4Prepared(packed, scales_and_zeros(weight, group), group, torch.tensor(group))
 
     def linear(self, x: Activation, prepared: Int4Prepared, dtype: torch.dtype) -> Tensor:
         values, row_scale = x.as_float(torch.bfloat16)
-        y = torch._weight_int4pack_mm_for_cpu(
-            values.contiguous(), prepared.packed, prepared.group, prepared.scales_and_zeros
-        )
+        packed, scales = prepared.packed, prepared.scales_and_zeros
+        if torch.compiler.is_compiling():
+            # The same op as the compiler spells it, but that the group size is given: it makes a
+            # constant of a number, which it loses in nested regions (torch 2.13).
+            op = torch.ops.quantized.int4mm_packed_weight_cpu
+            y = op(values.contiguous(), packed, prepared.group_size, scales)
+        else:
+            y = torch._weight_int4pack_mm_for_cpu(
+                values.contiguous(), packed, prepared.group, scales
+            )
         return scaled(y, row_scale, dtype)
 
     def tolerance(self, spec: LinearSpec) -> float:

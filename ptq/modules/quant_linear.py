@@ -46,7 +46,7 @@ class QuantLinear(nn.Module):
         self.joint: JointProduct | None = None  # in compiled graphs
         self.releases = 0  # how often forms of the weight were forgotten
         self.tied_to: tuple[nn.Module, ...] = ()  # a tuple: the owner is no submodule
-        self._prepared: dict[tuple[str, torch.dtype], Any] = {}
+        self._prepared: dict[tuple[str, str], Any] = {}
         self._choice: dict[tuple[str, torch.dtype, int], Kernel] = {}
         self.tuned: dict[tuple[str, torch.dtype], tuple[tuple[int, Kernel], ...]] = {}
 
@@ -137,10 +137,11 @@ class QuantLinear(nn.Module):
         """The kernel's own form of the weight, made once."""
         if torch.compiler.is_exporting():  # of fake tensors, and not to be saved as a constant
             return kernel.prepare(self.quantized_weight, dtype)
-        prepared = self._prepared.get((kernel.name, dtype))
+        key = kernel.name, str(dtype)  # the compiler cannot name a dtype as a key
+        prepared = self._prepared.get(key)
         if prepared is None:
             prepared = kernel.prepare(self.quantized_weight, dtype)
-            self._prepared[kernel.name, dtype] = prepared
+            self._prepared[key] = prepared
         return prepared
 
     def tune(self, device: str, dtype: torch.dtype, choice: tuple[tuple[int, Kernel], ...]) -> None:
