@@ -26,6 +26,7 @@ from ptq.checkpoint.fresh_child import Reply, Request, Scope, Tuned
 from ptq.checkpoint.hashing import tensor_sha256
 from ptq.checkpoint.outputs import (
     Outputs,
+    align_parameters,
     computed_buffers,
     decodes_text,
     float_dtype,
@@ -47,7 +48,8 @@ def verify_in_fresh_process(directory: Path, model: nn.Module) -> str:
 
     Args:
         directory: what was written.
-        model: what was written there; it is run on fixed inputs, in eval mode, and left as it was.
+        model: what was written there; it is run on fixed inputs, in eval mode, and left as it was,
+            but for parameters that move within memory (:func:`align_parameters`).
 
     Returns:
         What was compared, in words; also what could not be, and why: the outputs of a model that is
@@ -68,6 +70,7 @@ def verify_in_fresh_process(directory: Path, model: nn.Module) -> str:
         _compare_outputs(_alone(model), reply)
         return f"{read}, and {_LAYERS}, in a fresh process; not those of the whole, as {why}"
     _compare_computed(model, reply)
+    align_parameters(model)
     _compare_outputs(model_outputs(model), reply)
     return f"{read}, and {_LOGITS if decodes_text(model) else _LAYERS}, in a fresh process"
 

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptq.checkpoint.hashing import tensor_sha256
+from ptq.kernels import aligned
 from ptq.modules import QuantEmbedding, QuantLinear, quantized_modules
 
 Outputs = list[tuple[str, str]]
 """What computed it (``"layer NAME"`` or ``"the model"``), and the SHA-256 of its output's bytes."""
+
+_ALIGNMENT = 64
 
 
 def decodes_text(model: nn.Module) -> TypeGuard[PreTrainedModel]:
@@ -67,6 +70,20 @@ def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
 def float_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the model's first float parameter, float32 if it has none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def align_parameters(model: nn.Module) -> None:
+    """Copy parameters that lie at odd addresses, as those of a mapped file may, to memory of torch.
+
+    The product of one float32 row with a matrix has other last bits where the matrix is not at a
+    multiple of 16 bytes; a checkpoint is loaded to multiples of 64. What was shared stays shared.
+    """
+    moved: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}
+    for parameter in model.parameters():
+        data = parameter.data
+        if data.device.type == "cpu" and data.data_ptr() % _ALIGNMENT:
+            place = (data.data_ptr(), data.shape, data.stride())
+            parameter.data = moved.setdefault(place, aligned(data, _ALIGNMENT))
 
 
 @contextmanager

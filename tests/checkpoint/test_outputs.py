@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, 
 from transformers import WhisperForConditionalGeneration as Whisper
 
 from ptq.checkpoint import load, save
-from ptq.checkpoint.outputs import model_outputs
+from ptq.checkpoint.outputs import align_parameters, model_outputs
 from ptq.modules import quantized_modules
 from tests.helpers import quantize_linears, tiny_bert, tiny_llama
 
@@ -95,3 +95,18 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_dropout_plays_no_part() -> None:
     model = quantize_linears(tiny_bert(), "w8a16").train()
     assert model_outputs(model) == model_outputs(model)
+
+
+def test_parameters_at_odd_addresses_are_moved_and_stay_shared() -> None:
+    """A row times a float32 matrix at an odd address has other last bits."""
+    linear, reader = nn.Linear(32, 97), nn.Linear(32, 97)
+    there = torch.empty(97 * 32 + 1)[1:].view(97, 32)
+    values = there.copy_(linear.weight.detach()).clone()
+    linear.weight, reader.weight = nn.Parameter(there), nn.Parameter(there)
+    align_parameters(nn.Sequential(linear, reader))
+    assert linear.weight.data_ptr() % 64 == 0 and linear.weight.data_ptr() != there.data_ptr()
+    assert reader.weight.data_ptr() == linear.weight.data_ptr()
+    assert torch.equal(linear.weight, values)
+    before = linear.bias.data_ptr()
+    align_parameters(linear)
+    assert linear.bias.data_ptr() == before
