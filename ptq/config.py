@@ -343,6 +343,11 @@ class OutputConfig(Section):
     )
     shard_size_mb: Annotated[int, Field(ge=1)] = Field(5000, description="largest shard, in MB")
     overwrite: bool = Field(False, description="replace an existing ptq checkpoint")
+    verify: Literal["process", "files"] = Field(
+        "process",
+        description="before the checkpoint appears: load and run it in a fresh process; or only "
+        "compare every byte with its hash",
+    )
     resume: bool = Field(
         True,
         description="keep finished blocks in DIR.work until the checkpoint is whole, so that the "

@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from ptq.checkpoint import compressed_tensors, packed_int32
-from ptq.checkpoint.compare import assert_same, assert_same_outputs
+from ptq.checkpoint.compare import assert_same
 from ptq.checkpoint.convert import CONVERSIONS, convert
 from ptq.checkpoint.declare import declare_quantized
 from ptq.checkpoint.embedded import embed
@@ -52,7 +52,6 @@ __all__ = [
     "CheckpointFormat",
     "Manifest",
     "assert_same",
-    "assert_same_outputs",
     "check_target",
     "convert",
     "declare_quantized",

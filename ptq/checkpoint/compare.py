@@ -4,13 +4,13 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from ptq.checkpoint.outputs import computed_buffers
 from ptq.checkpoint.shard import dtype_name
 from ptq.checkpoint.tensors import distinct_tensors
 from ptq.config import Scheme
 from ptq.errors import CheckpointError
-from ptq.modules import QuantLinear, quantized_modules
+from ptq.modules import quantized_modules
 
 
 def assert_same(a: nn.Module, b: nn.Module) -> None:
@@ -30,59 +30,14 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
             raise CheckpointError(f"layer {name} differs: {scheme!r} against {schemes_b[name]!r}")
     (stored_a, ties_a), (stored_b, ties_b) = distinct_tensors(a), distinct_tensors(b)
     _same_names("tied tensor", ties_a, ties_b)
-    for of_a, of_b in ((stored_a, stored_b), (_computed(a), _computed(b))):
+    for of_a, of_b in ((stored_a, stored_b), (computed_buffers(a), computed_buffers(b))):
         _same_names("tensor", of_a, of_b)
         for name, tensor in of_a.items():
             _same_tensor(name, tensor, of_b[name])
 
 
-@torch.no_grad()
-def assert_same_outputs(a: nn.Module, b: nn.Module) -> str:
-    """Check that two models, on one device, compute the same bits.
-
-    For a decoder of text, that is its output for transformers' fixed example; for any other
-    (encoders, images, sound), the output of every QuantLinear for two made-up rows.
-
-    Returns:
-        What was compared.
-
-    Raises:
-        CheckpointError: an output differs.
-    """
-    if (
-        isinstance(a, PreTrainedModel)
-        and a.main_input_name == "input_ids"
-        and a.can_generate()
-        and not a.config.is_encoder_decoder
-    ):
-        inputs = {name: ids.to(a.device) for name, ids in a.dummy_inputs.items()}
-        _same_output("the model", a(**inputs)[0], b(**inputs)[0])
-        return "the model's outputs for a fixed input"
-    dtype = next((p.dtype for p in a.parameters() if p.is_floating_point()), torch.float32)
-    for name, layer in a.named_modules():
-        if isinstance(layer, QuantLinear):
-            x = torch.linspace(-2, 2, 2 * layer.in_features, dtype=dtype, device=layer.codes.device)
-            rows = x.reshape(2, -1)
-            _same_output(f"layer {name}", layer(rows), b.get_submodule(name)(rows))
-    return "every quantized layer's outputs for a fixed input"
-
-
-def _same_output(where: str, a: Tensor, b: Tensor) -> None:
-    if not torch.equal(a, b):
-        raise CheckpointError(
-            f"the checkpoint's tensors are those in memory, but {where} computes something else "
-            f"(up to {(a - b).abs().max():.3g} apart); do not use it"
-        )
-
-
 def _schemes(model: nn.Module) -> dict[str, Scheme]:
     return {name: module.scheme for name, module in quantized_modules(model).items()}
-
-
-def _computed(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are not in the state dict."""
-    stored = model.state_dict().keys()
-    return {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in stored}
 
 
 def _same_names(kind: str, a: Collection[str], b: Collection[str]) -> None:

@@ -4,6 +4,7 @@ The manifest says more; this is what a reader needs that has config.json and the
 as transformers, which downloads nothing else.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -104,7 +105,7 @@ def read_description(section: Mapping[str, Any], path: Path) -> Description:
             f"{where}.{key}: {reason}; the file is damaged, copy it again"
         ) from None
     named = [layer for group in description.groups for layer in group.layers]
-    twice = next((layer for layer in named if named.count(layer) > 1), None)
+    twice = next((layer for layer, count in Counter(named).items() if count > 1), None)
     if twice is not None or not named:
         problem = "no layer is named" if twice is None else f"layer {twice} is named twice"
         raise CheckpointError(f"{where}.groups: {problem}; the file is damaged, copy it again")

@@ -101,7 +101,7 @@ def _shards(root: Path) -> list[str]:
         return []
     weight_map = read_json(inside(root, INDEX)).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    return sorted(set(names)) if all(is_plain(name) for name in names) else []
+    return sorted(set(names)) if all(map(is_plain, names)) else []
 
 
 def _files(root: Path) -> dict[str, FileEntry]:

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptq.checkpoint.declare import declare_quantized
+from ptq.checkpoint.from_config import generation_config, load_config, model_of
 from ptq.checkpoint.manifest import GENERATION_CONFIG
-from ptq.checkpoint.native_read import assign, generation_config, load_config
+from ptq.checkpoint.native_read import assign
 from ptq.checkpoint.shard import Stored, dtype_name, read_tensors
 from ptq.config import Scheme
 from ptq.core import QuantizedWeight
-from ptq.errors import CheckpointError, PTQError, UnsupportedError
-from ptq.model import fill_computed_buffers, replace_module, skeleton
+from ptq.errors import CheckpointError, PTQError
+from ptq.model import fill_computed_buffers, replace_module
 from ptq.modules import QuantLinear, buffers_of, share_inputs
 
 _COMPUTED = "rotary_emb.inv_freq"
@@ -57,14 +57,8 @@ def empty_model(root: Path) -> PreTrainedModel:
         UnsupportedError: transformers does not have its class.
     """
     config = load_config(root)
-    names = config.architectures or []
-    if not names or not hasattr(transformers, names[0]):
-        raise UnsupportedError(
-            f"{root} holds a {names[0] if names else 'model without a class'}, which transformers "
-            f"{transformers.__version__} does not have; ptq does not run code that comes with a "
-            "model (trust_remote_code): build it and pass it: ptq.load(directory, model=...)"
-        )
-    return skeleton(config)
+    names = config.architectures or ["model without a class"]
+    return model_of(root, config, str(names[0]))
 
 
 def plain_linear(name: str, module: nn.Module) -> nn.Linear:

@@ -1,10 +1,58 @@
-"""JSON files, which may be damaged."""
+"""JSON files, which may be damaged, or made to do damage.
+
+A key that is there twice means different things to different readers, so it is an error. So is what
+is nested deeper, or larger, than any description of a model: parsing it would take the memory.
+"""
 
 import json
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ptq.errors import CheckpointError
+
+MAX_BYTES = 100_000_000
+"""Of a JSON text; the limit that safetensors sets to its headers."""
+_MAX_VALUES = 10_000_000
+_DEPTH = 100
+
+
+def parsed(text: str) -> Any:
+    """The JSON value of a text.
+
+    Raises:
+        ValueError, RecursionError: it is not JSON, has a key twice in one object, has too many
+            values or too many levels, or has half of a surrogate pair in a string.
+    """
+    if sum(map(text.count, ",[{")) > _MAX_VALUES:
+        raise ValueError(f"more than {_MAX_VALUES:,} values")
+    value = json.loads(text, object_pairs_hook=_object)
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > _DEPTH:
+            raise ValueError(f"nested more than {_DEPTH} deep")
+        for one in level:
+            if isinstance(one, str):
+                one.encode()
+        level = [inner for one in level for inner in _inside(one)]
+    return value
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return chain(value.keys(), value.values())
+    return value if isinstance(value, list) else ()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        ((name, count),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {name[:80]!r} is there {count} times")
+    return made
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -14,6 +62,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, or holds something else.
     """
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CheckpointError(f"{path} is damaged: no JSON file of a model is that large")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
@@ -29,7 +79,7 @@ def json_object(text: str, path: Path) -> dict[str, Any]:
         CheckpointError: it is something else.
     """
     try:
-        data = json.loads(text)
+        data = parsed(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged, it is not JSON: {error}") from None
     if not isinstance(data, dict):

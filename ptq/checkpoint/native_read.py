@@ -4,23 +4,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ptq.checkpoint.atomic import recover
 from ptq.checkpoint.contents import check_file, check_tensor, checked_header
 from ptq.checkpoint.declare import declare_quantized
 from ptq.checkpoint.description import read_cache
 from ptq.checkpoint.foreign import quantization_of
+from ptq.checkpoint.from_config import generation_config, load_config, model_of
 from ptq.checkpoint.manifest import CONFIG, GENERATION_CONFIG, INDEX, Manifest
 from ptq.checkpoint.manifest_read import check_index, read_manifest
-from ptq.checkpoint.paths import inside
 from ptq.checkpoint.shard import Stored, read_tensors
 from ptq.checkpoint.slots import check_fit, empty_layers, slots
+from ptq.checkpoint.values import check_computed_size, check_layers
 from ptq.errors import CheckpointError, UnsupportedError
 from ptq.kv_cache import attach_cache
-from ptq.model import fill_computed_buffers, replace_modules, skeleton, unfolded
+from ptq.model import fill_computed_buffers, replace_modules, unfolded
 from ptq.modules import share_inputs, tie_shared
 
 
@@ -45,10 +45,12 @@ def load(
     with unfolded(model, manifest.layers):
         layers = empty_layers(model, manifest.layers)
         check_fit(slots(model, layers), manifest)
+        check_computed_size(model, root, manifest.total_tensor_bytes)
         tensors = _read(root, manifest, headers, device, verify)
         replace_modules(model, layers)
     share_inputs(model)
     assign(model, tensors, manifest.aliases)
+    check_layers(layers)
     tie_shared(model)
     fill_computed_buffers(model, device)
     if isinstance(model, PreTrainedModel) and GENERATION_CONFIG in manifest.files:
@@ -97,31 +99,10 @@ def _empty_model(root: Path, manifest: Manifest) -> PreTrainedModel:
         )
     config = load_config(root)
     name = manifest.model_class.rpartition(".")[2]
-    builtin = manifest.model_class.startswith("transformers.") and hasattr(transformers, name)
+    builtin = manifest.model_class.startswith("transformers.")
     if not builtin or config.architectures != [name]:
-        raise UnsupportedError(
-            f"{root} holds a {manifest.model_class}, which transformers "
-            f"{transformers.__version__} does not have; ptq does not run code that comes with a "
-            "model (trust_remote_code): build it and pass it: ptq.load(directory, model=...)"
-        )
-    return skeleton(config)
-
-
-def load_config(root: Path) -> PretrainedConfig:
-    """The transformers config of a directory, without what it says about quantization.
-
-    Raises:
-        CheckpointError: it cannot be used.
-    """
-    inside(root, CONFIG)
-    try:
-        config = AutoConfig.from_pretrained(root)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{root / CONFIG} cannot be used: {_first_line(error)}") from None
-    assert isinstance(config, PretrainedConfig)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
+        config.architectures = None
+    return model_of(root, config, manifest.model_class)
 
 
 def _read(
@@ -151,22 +132,3 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str
             value = shared.setdefault(source, nn.Parameter(value, requires_grad=False))
         values[key] = value
     model.load_state_dict(values, assign=True)
-
-
-def generation_config(root: Path) -> GenerationConfig:
-    """The generation config of a directory, which has one.
-
-    Raises:
-        CheckpointError: it cannot be used.
-    """
-    inside(root, GENERATION_CONFIG)
-    try:
-        return GenerationConfig.from_pretrained(root)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{root / GENERATION_CONFIG} cannot be used: {_first_line(error)}"
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

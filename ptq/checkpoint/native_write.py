@@ -1,6 +1,6 @@
 """Writing the native checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ptq.checkpoint.shards import write_shards
 from ptq.checkpoint.side_files import side_file_entries, write_side_files
 from ptq.checkpoint.target import check_target
 from ptq.checkpoint.tensors import distinct_tensors
+from ptq.checkpoint.written import Verify, check_how, verify_written
 from ptq.config import QuantizationConfig
 from ptq.errors import CheckpointError
 from ptq.kv_cache import cache_settings
@@ -37,6 +38,8 @@ def save(
     extra_files: Mapping[str, str] | None = None,
     carried: Mapping[str, Path] | None = None,
     elsewhere: Elsewhere | None = None,
+    verify: Verify = "files",
+    say: Callable[[str], object] = lambda text: None,
 ) -> Manifest:
     """Write a quantized model to a directory: safetensors, config.json and a manifest.
 
@@ -52,11 +55,19 @@ def save(
         carried: name in the checkpoint (with ``/``) to a file that is copied as it is.
         elsewhere: for tensors on the meta device, by their names: what reads the values, one
             tensor at a time as it is written. For models larger than memory.
+        verify: what has to be right before the directory appears. ``files``: every byte is read
+            back and compared with the hash of what was in memory. ``process``: besides, a fresh
+            process loads the checkpoint and computes the same outputs bit for bit, which takes some
+            seconds more (:func:`~ptq.checkpoint.fresh.verify_in_fresh_process` says what cannot be
+            compared for which models).
+        say: told in words what was compared.
 
     Raises:
         CheckpointError: nothing in the model is quantized, a tensor cannot be stored, the
-            directory cannot be used, or the disk is full.
+            directory cannot be used, the disk is full, or what was written is not what is in
+            memory (the tensor, file or layer is named).
     """
+    check_how(verify)
     layers = layer_entries(model)
     elsewhere = elsewhere or {}
     tensors, aliases = distinct_tensors(model, elsewhere.keys())
@@ -87,6 +98,7 @@ def save(
                 )
             )
             write_manifest(manifest, tmp)
+            say(verify_written(tmp, model, verify))
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint {target} ({total / 1e6:,.0f} MB) could not be written: {error}; "

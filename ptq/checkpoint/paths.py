@@ -27,8 +27,9 @@ def inside(root: Path, name: Any, *, nested: bool = False) -> Path:
     """
     parts = name.split("/") if nested and isinstance(name, str) else [name]
     if not all(is_plain(part) for part in parts):
+        shown = repr(name) if len(repr(name)) < 200 else f"{repr(name)[:200]}..."
         raise CheckpointError(
-            f"{root} names the file {name!r}, which is not in its directory; "
+            f"{root} names the file {shown}, which is not in its directory; "
             "somebody has changed the checkpoint, do not use it"
         )
     path = root.joinpath(*parts)

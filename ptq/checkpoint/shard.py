@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ptq.checkpoint.hashing import raw_bytes
+from ptq.checkpoint.json_file import MAX_BYTES, parsed
 from ptq.errors import CheckpointError
 
 DTYPES = {
@@ -33,7 +34,15 @@ DTYPES = {
 
 Elsewhere = Mapping[str, Callable[[], Tensor]]
 
-_DAMAGE = (struct.error, ValueError, KeyError, TypeError, AttributeError)
+_DAMAGE = (
+    struct.error,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 _ALIGNMENT = 64  # of the data in the file: a cache line, as torch's own memory
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -171,7 +180,9 @@ def _parsed_header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as raw:
         size = os.fstat(raw.fileno()).st_size
         (length,) = struct.unpack("<Q", raw.read(8))
-        header = json.loads(raw.read(min(length, size)))
+        if length > min(size - 8, MAX_BYTES):
+            raise ValueError(f"its header is said to have {length} bytes")
+        header = parsed(raw.read(length).decode())
     _check_bounds(header, size - 8 - length)
     return header, 8 + length
 
@@ -225,7 +236,7 @@ def read_tensors(path: Path, header: Mapping[str, Stored]) -> Iterator[tuple[str
     try:
         with path.open("rb") as file:
             for key, stored in header.items():
-                flat = torch.empty(math.prod(stored.shape), dtype=stored.dtype)
+                flat = _allocated(key, stored)
                 view = raw_bytes(flat)
                 file.seek(stored.start)
                 if file.readinto(view) != len(view):
@@ -233,3 +244,12 @@ def read_tensors(path: Path, header: Mapping[str, Stored]) -> Iterator[tuple[str
                 yield key, flat.reshape(stored.shape)
     except OSError as error:
         raise CheckpointError(f"shard {path} cannot be read: {error}") from None
+
+
+def _allocated(key: str, stored: Stored) -> Tensor:
+    size = math.prod(stored.shape)
+    try:
+        return torch.empty(size, dtype=stored.dtype)
+    except RuntimeError:
+        size *= stored.dtype.itemsize
+        raise CheckpointError(f"tensor {key} of {size:,} bytes does not fit into memory") from None

@@ -1,7 +1,6 @@
 """Which safetensors files a directory of transformers' kind has."""
 
 from pathlib import Path
-from typing import Any
 
 from ptq.checkpoint.json_file import read_json
 from ptq.checkpoint.manifest import INDEX, WEIGHTS
@@ -10,8 +9,8 @@ from ptq.checkpoint.shard import Stored, read_header
 from ptq.errors import CheckpointError
 
 
-def read_weight_map(root: Path) -> dict[str, Any]:
-    """The file of each tensor, as the index of a sharded checkpoint gives it.
+def read_weight_map(root: Path) -> dict[str, str]:
+    """The file of each tensor, as the index of a sharded checkpoint gives it; all are inside.
 
     Raises:
         CheckpointError: it is missing, damaged or outside of the directory.
@@ -19,8 +18,12 @@ def read_weight_map(root: Path) -> dict[str, Any]:
     weight_map = read_json(inside(root, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{root / INDEX} is damaged: it has no weight_map")
-    found: dict[str, Any] = weight_map
-    return found
+    for name in weight_map.values():
+        if not isinstance(name, str):
+            inside(root, name)
+    for name in set(weight_map.values()):
+        inside(root, name)
+    return weight_map
 
 
 def find_shards(root: Path) -> dict[Path, dict[str, Stored]]:
@@ -45,4 +48,4 @@ def find_shards(root: Path) -> dict[Path, dict[str, Stored]]:
             )
     if sum(map(len, shards.values())) != len(held):
         raise CheckpointError(f"{root}: a tensor is in two files; copy the checkpoint again")
-    return {root / str(name): header for name, header in shards.items()}
+    return {root / name: header for name, header in shards.items()}

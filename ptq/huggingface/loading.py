@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ptq.checkpoint.description import Description, read_description
 from ptq.checkpoint.manifest import CONFIG
+from ptq.checkpoint.values import check_layers
 from ptq.config import KVCacheConfig
 from ptq.errors import CheckpointError
 from ptq.huggingface.contents import Contents, read_contents
@@ -83,6 +84,7 @@ def finish(model: PreTrainedModel, prepared: Prepared) -> None:
     for layer in prepared.layers.values():
         layer.requires_grad_(False)
     tie_shared(model)
+    check_layers(prepared.layers)
     if prepared.kv_cache is not None:
         attach_cache(model, prepared.kv_cache)
 

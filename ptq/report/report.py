@@ -49,7 +49,7 @@ def _summary(s: dict[str, Any]) -> list[str]:
         lines.append(
             f"checkpoint {c['directory']} ({megabytes(c['weight_file_bytes'])} of weights)"
         )
-        lines.append(f"verified   read back, bit-equal: {c['bit_equal']}")
+        lines.append(f"verified   bit-equal: {c['bit_equal']}")
     if "evaluation" in s:
         e = s["evaluation"]
         high = "unknown" if e["ratio_high"] is None else f"{e['ratio_high']:.4f}"

@@ -1,6 +1,5 @@
 """The ``quantization_config`` of config.json: which layer has which scheme."""
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from ptq.checkpoint.patterns import matches
 from ptq.config import ActivationScheme, Scheme, WeightScheme
 from ptq.errors import CheckpointError, UnsupportedError
 
@@ -118,10 +118,7 @@ def _matches(name: str, module: nn.Module, target: str) -> bool:
 def _matches_name(name: str, target: str) -> bool:
     if not target.startswith("re:"):
         return name == target
-    try:
-        return re.match(target[3:], name) is not None
-    except re.error as error:
-        raise CheckpointError(f"target {target!r} is not a regular expression: {error}") from None
+    return matches(target[3:], name, "quantization_config.config_groups")
 
 
 def _matches_class(module: nn.Module, target: str) -> bool:

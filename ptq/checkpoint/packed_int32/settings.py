@@ -1,6 +1,5 @@
 """``quantization_config`` of config.json: bits, group size and layout, of all layers or of one."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
+from ptq.checkpoint.patterns import matches
 from ptq.errors import CheckpointError, UnsupportedError
 
 LayoutName = Literal["gptq", "gptq-v2", "awq"]
@@ -70,7 +70,8 @@ class AllSettings:
         """
         settings = self.common
         for pattern, changed in self.dynamic.items():
-            if not _matches(pattern.removeprefix("+:").removeprefix("-:"), name):
+            expression = pattern.removeprefix("+:").removeprefix("-:")
+            if not matches(expression, name, "quantization_config.dynamic"):
                 continue
             if pattern.startswith("-:"):
                 raise CheckpointError(
@@ -115,15 +116,6 @@ def parse_settings(section: Mapping[str, Any], source: Path) -> AllSettings:
         raise CheckpointError(f"{source}: quantization_config.{where}: {first['msg']}") from None
     common = Settings(found.bits, found.group_size, found.sym and name != "awq")
     return AllSettings(name, common, found.dynamic or {} if name != "awq" else {})
-
-
-def _matches(pattern: str, name: str) -> bool:
-    try:
-        return re.match(pattern, name) is not None
-    except re.error as error:
-        raise CheckpointError(
-            f"quantization_config.dynamic: {pattern!r} is not a regular expression: {error}"
-        ) from None
 
 
 def _changed(settings: Settings, rule: Mapping[str, Any], name: str) -> Settings:
