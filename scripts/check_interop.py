@@ -53,6 +53,8 @@ WRITTEN = {
     "w4a16-g64-asym": "vllm",
     "w4a16-asym": "vllm",
     "w8a8-tensor": "vllm",
+    "fp8": "vllm",
+    "fp8-a16": "vllm",
     "w8a16-tensor": "transformers",
     "w8a8-asym": "transformers",
     "w4a8-g64": "transformers",

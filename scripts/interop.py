@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import ptq
 from ptq.errors import ConfigError
+from ptq.formats import INTEGERS
 from ptq.model import replace_module
 from ptq.modules import QuantLinear, quantized_layers
 
@@ -64,9 +65,12 @@ class Reference(nn.Module):
         if activations is not None:
             assert activations.symmetric
             scale = self.layer.input_scale
-            if scale is None:
-                scale = x.abs().amax(-1, keepdim=True) / 127.5
-            x = (x / scale).round().clamp(-128, 127) * scale
+            largest = x.abs().amax(-1, keepdim=True)
+            if activations.format not in INTEGERS:
+                x = (x * (448 / largest)).to(torch.float8_e4m3fn).float() * (largest / 448)
+            else:
+                scale = largest / 127.5 if scale is None else scale
+                x = (x / scale).round().clamp(-128, 127) * scale
         return nn.functional.linear(x, self.weight, self.layer.bias)
 
 

@@ -7,6 +7,7 @@ nothing of ptq.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+_TOKEN = {"strategy": "token", "dynamic": True}
+_STATIC = {"strategy": "tensor", "dynamic": False}
 MADE = {
-    "w8a8": ("rtn", 8, "channel", None, True, {"strategy": "token", "dynamic": True}),
-    "w4a16-g32": ("rtn", 4, "group", 32, True, None),
-    "w4a16-g128-asym": ("rtn", 4, "group", 128, False, None),
-    "w4a16-g64 (gptq)": ("gptq", 4, "group", 64, True, None),
-    "w8a8-static": ("rtn", 8, "channel", None, True, {"strategy": "tensor", "dynamic": False}),
-    "w8a16": ("rtn", 8, "channel", None, True, None),
-    "w4a16-asym": ("rtn", 4, "channel", None, False, None),
+    "w8a8": ("rtn", "int8", "channel", None, True, _TOKEN),
+    "w4a16-g32": ("rtn", "int4", "group", 32, True, None),
+    "w4a16-g128-asym": ("rtn", "int4", "group", 128, False, None),
+    "w4a16-g64 (gptq)": ("gptq", "int4", "group", 64, True, None),
+    "w4a16-g64-asym (gptq, act-order weight)": ("weight", "int4", "group", 64, False, None),
+    "w4a16-g64 (gptq, act-order static)": ("static", "int4", "group", 64, True, None),
+    "w8a8-static": ("rtn", "int8", "channel", None, True, _STATIC),
+    "w8a16": ("rtn", "int8", "channel", None, True, None),
+    "w4a16-asym": ("rtn", "int4", "channel", None, False, None),
+    "fp8": ("rtn", "float8", "channel", None, True, _TOKEN),
+    "fp8-a16": ("rtn", "float8", "channel", None, True, None),
 }
-"""How, bits, strategy, group size, symmetric, activations."""
+"""How (round to nearest, or GPTQ with an order of the columns), numbers, strategy, group size,
+symmetric, activations."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,13 +57,17 @@ def make(options: argparse.Namespace, rows: list[list[int]]) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))  # not used, but asked for
-    how, bits, strategy, size, symmetric, inputs = MADE[options.scheme]
+    how, number, strategy, size, symmetric, inputs = MADE[options.scheme]
+    kind, bits = number.rstrip("48"), int(number[-1])
     weights = QuantizationArgs(
-        num_bits=bits, type="int", symmetric=symmetric, strategy=strategy, group_size=size
+        num_bits=bits, type=kind, symmetric=symmetric, strategy=strategy, group_size=size
     )
-    activations = None if inputs is None else QuantizationArgs(num_bits=8, type="int", **inputs)
+    activations = None if inputs is None else QuantizationArgs(num_bits=8, type=kind, **inputs)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
-    modifier = {"rtn": QuantizationModifier, "gptq": GPTQModifier}[how]
+    orders = {"gptq": None, "weight": "weight", "static": "static"}
+    modifier = (
+        partial(GPTQModifier, actorder=orders[how]) if how in orders else QuantizationModifier
+    )
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
     oneshot(

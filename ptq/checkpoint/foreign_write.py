@@ -18,7 +18,6 @@ from ptq.checkpoint.target import check_target
 from ptq.checkpoint.tensors import distinct_tensors
 from ptq.core import QuantizedWeight
 from ptq.errors import CheckpointError, UnsupportedError
-from ptq.formats import IntFormat
 from ptq.kv_cache import cache_settings
 from ptq.model import Experts, stands_for
 from ptq.modules import QuantLinear, quantized_modules
@@ -63,12 +62,6 @@ def as_transformers_model(model: nn.Module, format_name: str) -> PreTrainedModel
     if not modules:
         raise CheckpointError(f"nothing in this {type(model).__name__} is quantized")
     _check_kinds(model, modules, format_name)
-    for name, module in modules.items():
-        if not isinstance(module.scheme.weights.number_format, IntFormat):
-            raise UnsupportedError(
-                f"layer {name} has {module.scheme.weights.format} weights, which are not written "
-                f"to {format_name}; keep the ptq format, or choose an integer scheme such as w8a8"
-            )
     return model
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ptq.errors import UnsupportedError
+from ptq.formats import INTEGERS
 from ptq.modules import QuantLinear
 
 GROUP_SIZES = (32, 64, 128)
@@ -48,8 +49,7 @@ def check_vllm(model: nn.Module, layers: Mapping[str, QuantLinear], loads: Loads
             raise _vllm(
                 name, "is the output head, which it keeps in float", "set its rule to float"
             )
-        weight_only = layer.scheme.activations is None
-        problem = _weight_only(layer, loads) if weight_only else _int8(layer)
+        problem = _problem(layer, loads)
         if problem is not None:
             raise _vllm(name, *problem)
     _check_experts(model)
@@ -60,6 +60,19 @@ def check_vllm(model: nn.Module, layers: Mapping[str, QuantLinear], loads: Loads
     for names in [*fused, *([name] for name in layers if name not in together)]:
         if loads.tiles:
             _check_rows(model, names, loads)
+
+
+def _problem(layer: QuantLinear, loads: Loads) -> tuple[str, str] | None:
+    """What vLLM does not load of a layer, and what to do."""
+    if layer.scheme.weights.format not in INTEGERS:
+        return _float8(layer)
+    return _weight_only(layer, loads) if layer.scheme.activations is None else _int8(layer)
+
+
+def _float8(layer: QuantLinear) -> tuple[str, str] | None:
+    if layer.scheme.weights.granularity == "group":
+        return f"is {layer.scheme}: it takes fp8 with a scale per channel or tensor", "choose fp8"
+    return None
 
 
 def _weight_only(layer: QuantLinear, loads: Loads) -> tuple[str, str] | None:
@@ -147,7 +160,7 @@ def _check_alike(model: nn.Module, names: list[str]) -> None:
 def _check_rows(model: nn.Module, names: list[str], loads: Loads) -> None:
     """Whether the rows of the layers, which become one, fill Marlin's tiles."""
     modules = [model.get_submodule(name) for name in names]
-    layers = [m for m in modules if isinstance(m, QuantLinear) and m.scheme.activations is None]
+    layers = [m for m in modules if isinstance(m, QuantLinear) and _is_packed(m)]
     rows = sum(layer.out_features for layer in layers)
     if rows % _ROWS:
         whose = " with its siblings" if len(names) > 1 else ""
@@ -156,6 +169,10 @@ def _check_rows(model: nn.Module, names: list[str], loads: Loads) -> None:
             f"has {rows} output channels{whose}, no multiple of {_ROWS}",
             _smaller(loads),
         )
+
+
+def _is_packed(layer: QuantLinear) -> bool:
+    return layer.scheme.activations is None and layer.scheme.weights.format in INTEGERS
 
 
 def _vllm(name: str, problem: str, remedy: str) -> UnsupportedError:

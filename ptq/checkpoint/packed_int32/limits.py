@@ -10,6 +10,7 @@ from ptq.checkpoint.packed_int32.layouts import fills_words
 from ptq.checkpoint.packed_int32.settings import BITS, LayoutName
 from ptq.checkpoint.vllm import Loads
 from ptq.errors import UnsupportedError
+from ptq.formats import INTEGERS
 from ptq.modules import QuantEmbedding, QuantLinear
 
 VLLM = {
@@ -52,6 +53,11 @@ def check_format(
 
 def _scheme_problem(layer: QuantLinear, layout: LayoutName) -> tuple[str, str] | None:
     scheme, weights = layer.scheme, layer.scheme.weights
+    if weights.format not in INTEGERS:
+        return (
+            f"has {weights.format} weights, which {layout} does not have",
+            "choose --format compressed-tensors, or an integer scheme such as w4a16-g64",
+        )
     if scheme.activations is not None:
         return (
             f"is {scheme}, whose inputs are int8, which {layout} has no place for",
