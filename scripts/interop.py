@@ -67,7 +67,8 @@ class Reference(nn.Module):
             scale = self.layer.input_scale
             largest = x.abs().amax(-1, keepdim=True)
             if activations.format not in INTEGERS:
-                x = (x * (448 / largest)).to(torch.float8_e4m3fn).float() * (largest / 448)
+                scale = largest / 448
+                x = (x / scale).to(torch.float8_e4m3fn).float() * scale
             else:
                 scale = largest / 127.5 if scale is None else scale
                 x = (x / scale).round().clamp(-128, 127) * scale

@@ -1,7 +1,7 @@
 """The ``quantization_config`` of config.json: which layer has which scheme."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,27 +104,31 @@ def parse_groups(data: Mapping[str, Any], source: Path) -> Groups:
     return groups
 
 
-def group_of(groups: Groups, name: str, module: nn.Module) -> Group | None:
+def group_of(groups: Groups, names: Sequence[str], module: nn.Module) -> Group | None:
     """The group of a layer, None if it is float: a target that is its name wins over an
-    expression, and that over its class; a later group with the same target over an earlier one."""
-    if any(_matches(name, module, target) for target in groups.ignore or ()):
+    expression, and that over its class; a later group with the same target over an earlier one.
+
+    Args:
+        names: all that the layer may be called.
+    """
+    if any(_matches(names, module, target) for target in groups.ignore or ()):
         return None
     by_target = {t: group for group in groups.config_groups.values() for t in group.targets}
     named = sorted(by_target, key=lambda t: ("re:" in t, t))
-    found = [t for t in named if _matches_name(name, t)]
+    found = [t for t in named if _matches_name(names, t)]
     found += [t for t in named if _matches_class(module, t)]
     return by_target[found[0]] if found else None
 
 
-def _matches(name: str, module: nn.Module, target: str) -> bool:
-    return _matches_name(name, target) or _matches_class(module, target)
+def _matches(names: Sequence[str], module: nn.Module, target: str) -> bool:
+    return _matches_name(names, target) or _matches_class(module, target)
 
 
-def _matches_name(name: str, target: str) -> bool:
+def _matches_name(names: Sequence[str], target: str) -> bool:
     if not target.startswith("re:"):
-        return name == target
+        return target in names
     try:
-        return re.match(target[3:], name) is not None
+        return any(re.match(target[3:], name) is not None for name in names)
     except re.error as error:
         raise CheckpointError(f"target {target!r} is not a regular expression: {error}") from None
 

@@ -61,10 +61,10 @@ def test_several_schemes_name_their_layers() -> None:
     groups = parse_groups(config, Path("config.json"))
     layer = nn.Linear(32, 32)
     for name, wanted in schemes.items():
-        group = group_of(groups, name, layer)
+        group = group_of(groups, [name], layer)
         assert group is not None
         assert str(scheme_of(group, name, "float32", False)) == str(wanted)
-    assert group_of(groups, "d", layer) is None
+    assert group_of(groups, ["d"], layer) is None
 
 
 def test_a_name_wins_over_an_expression_and_that_over_a_class() -> None:
@@ -82,7 +82,7 @@ def test_a_name_wins_over_an_expression_and_that_over_a_class() -> None:
     )
 
     def bits(name: str, module: nn.Module) -> int | None:
-        group = group_of(groups, name, module)
+        group = group_of(groups, [name], module)
         return None if group is None or group.weights is None else group.weights.num_bits
 
     layer = nn.Linear(4, 4)
@@ -153,7 +153,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"config_groups.group_0.weights.zip: Extra inputs"):
         parsed(config_groups={"group_0": {"targets": [], "weights": {"zip": 1}}})
     with pytest.raises(CheckpointError, match="not a regular expression"):
-        group_of(parsed(ignore=["re:("]), "a", nn.Linear(2, 2))
+        group_of(parsed(ignore=["re:("]), ["a"], nn.Linear(2, 2))
     groups = parsed(format="marlin-24")
     with pytest.raises(UnsupportedError, match="layer fc is stored as 'marlin-24'"):
         layout_of(groups.config_groups["group_0"], groups, "fc")
