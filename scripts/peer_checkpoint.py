@@ -50,6 +50,7 @@ def make(options: argparse.Namespace, rows: list[list[int]]) -> None:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
+    from llmcompressor.modeling.moe.linearize import linearize_moe
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from tokenizers import Tokenizer
@@ -68,13 +69,13 @@ def make(options: argparse.Namespace, rows: list[list[int]]) -> None:
     modifier = (
         partial(GPTQModifier, actorder=orders[how]) if how in orders else QuantizationModifier
     )
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    model = linearize_moe(AutoModelForCausalLM.from_pretrained(options.model, dtype="auto"))
     data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
     oneshot(
         model=model,
         dataset=Dataset.from_list(data),
         processor=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a"),
-        recipe=modifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
+        recipe=modifier(config_groups={"group_0": scheme}, ignore=["lm_head", "re:.*mlp[.]gate$"]),
         max_seq_length=max(map(len, rows)),
         num_calibration_samples=len(rows),
     )
@@ -85,25 +86,21 @@ def decompressed(directory: Path) -> dict[str, torch.Tensor]:
     """Each quantized weight in float, by the compressor that the format names."""
     from compressed_tensors.compressors.base import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
-    from compressed_tensors.utils.match import match_named_modules
+    from compressed_tensors.utils.match import is_match
 
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     groups = QuantizationConfig.model_validate(config)
     stored: dict[str, torch.Tensor] = {}
     for shard in directory.glob("*.safetensors"):
         stored |= load_file(shard)
-    with torch.device("meta"):
-        from transformers import AutoConfig
-
-        plain = AutoConfig.from_pretrained(directory)
-        del plain.quantization_config
-        model = AutoModelForCausalLM.from_config(plain)
     weights = {}
-    for scheme in groups.config_groups.values():
-        for name, _ in match_named_modules(model, scheme.targets, groups.ignore):
-            compressor = BaseCompressor.get_value_from_registry(scheme.format or groups.format)
-            own = {k[len(name) + 1 :]: t for k, t in stored.items() if k.startswith(f"{name}.")}
-            weights[f"{name}.weight"] = compressor.decompress(own, scheme)["weight"].contiguous()
+    linear = torch.nn.Linear(1, 1)
+    for name in sorted({key.rpartition(".")[0] for key in stored if key.endswith("weight_scale")}):
+        schemes = groups.config_groups.values()
+        scheme = next(s for s in schemes if is_match(name, linear, s.targets, groups.ignore))
+        compressor = BaseCompressor.get_value_from_registry(scheme.format or groups.format)
+        own = {k[len(name) + 1 :]: t for k, t in stored.items() if k.startswith(f"{name}.")}
+        weights[f"{name}.weight"] = compressor.decompress(own, scheme)["weight"].contiguous()
     return weights
 
 
@@ -111,13 +108,20 @@ def logits(directory: Path, rows: list[list[int]]) -> tuple[torch.Tensor, str]:
     """What transformers computes with the checkpoint in float32, and how it had to be loaded."""
     from transformers import CompressedTensorsConfig
 
-    how, options = "as it is", {}
+    dequantized = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    options = {"dtype": torch.float32, "output_loading_info": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        how = "as it is"
+        model, info = AutoModelForCausalLM.from_pretrained(directory, **options)
     except (RuntimeError, ValueError) as error:  # zero points along N: shapes that do not match
         how = f"dequantize=True ({str(error).splitlines()[0][:60]})"
-        options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(directory, **options, **dequantized)
+    if info["missing_keys"]:  # fused experts
+        how = "dequantize=True (experts)"
+        model, info = AutoModelForCausalLM.from_pretrained(directory, **options, **dequantized)
+    if info["missing_keys"]:
+        how = f"not: {len(info['missing_keys'])} keys missing"
+    torch.nn.Module.float(model)  # experts and routers have come in the dtype of the files
     with torch.no_grad():
         return model(torch.tensor(rows)).logits.float(), how
 

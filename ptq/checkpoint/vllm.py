@@ -13,6 +13,7 @@ from torch import nn
 
 from ptq.errors import UnsupportedError
 from ptq.formats import INTEGERS
+from ptq.model import Experts
 from ptq.modules import QuantLinear
 
 GROUP_SIZES = (32, 64, 128)
@@ -44,6 +45,7 @@ def check_vllm(model: nn.Module, layers: Mapping[str, QuantLinear], loads: Loads
         UnsupportedError: it does not; the layer is named.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    _check_experts(model, loads)
     for name, layer in layers.items():
         if layer is head:
             raise _vllm(
@@ -52,7 +54,6 @@ def check_vllm(model: nn.Module, layers: Mapping[str, QuantLinear], loads: Loads
         problem = _problem(layer, loads)
         if problem is not None:
             raise _vllm(name, *problem)
-    _check_experts(model)
     fused = list(_fused(model))
     for names in fused:
         _check_alike(model, names)
@@ -117,15 +118,45 @@ def _int8(layer: QuantLinear) -> tuple[str, str] | None:
     return None
 
 
-def _check_experts(model: nn.Module) -> None:
+def _check_experts(model: nn.Module, loads: Loads) -> None:
     for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            for leaf, layer in _linears(module):
+                problem = _expert(layer, loads) if isinstance(layer, QuantLinear) else None
+                if problem is not None:
+                    raise _vllm(f"{name}.{leaf}", *problem)
+            _check_alike(model, [f"{name}.{leaf}" for leaf, _ in _linears(module)])
         own = module.parameters(recurse=False)
         if type(module).__name__.endswith("Experts") and any(p.dim() == 3 for p in own):
             raise _vllm(
                 name,
                 "keeps its experts in one float tensor, where it expects codes of each",
-                "there is none yet for mixtures of experts",
+                "keep the ptq format",
             )
+
+
+def _linears(experts: Experts) -> list[tuple[str, nn.Module]]:
+    kinds = (nn.Linear, QuantLinear)
+    return [(name, m) for name, m in experts.named_modules() if isinstance(m, kinds)]
+
+
+def _expert(layer: QuantLinear, loads: Loads) -> tuple[str, str] | None:
+    """What vLLM's kernels for experts do not take of what it loads elsewhere."""
+    scheme, weights = layer.scheme, layer.scheme.weights
+    integer = weights.format in INTEGERS
+    if integer and scheme.activations is None:
+        if weights.symmetric or not loads.int8:
+            return None
+        return "has asymmetric weights, which it does not take for experts", "choose symmetric ones"
+    plain = scheme.activations is not None and scheme.activations.mode == "dynamic"
+    if plain and weights.granularity == "channel":
+        return None
+    kind = "int8" if integer else "fp8"
+    return (
+        f"is {scheme}: for experts it takes {kind} inputs with a scale per token, and {kind} "
+        "weights with a scale per channel",
+        f"choose {'w8a8' if integer else 'fp8'}",
+    )
 
 
 def _fused(model: nn.Module) -> Iterator[list[str]]:
