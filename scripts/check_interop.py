@@ -6,6 +6,7 @@ llm-compressor: the compressed-tensors format
 written  ptq quantizes and writes, the peer's compressor decompresses, transformers loads and runs
 made     llm-compressor quantizes and writes, ptq reads and runs
 back     what was made is converted to ptq and to compressed-tensors again
+experts  the first two for Mixtral and Qwen3-MoE; asked for by name
 
 gptqmodel (with optimum and accelerate): GPTQ and AWQ
 
@@ -27,13 +28,21 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import packed_interop
 import torch
 from arguments import script_parser
 from interop import Comparison, Row
 from peer_checkpoint import MADE
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import ptq
 from ptq.checkpoint import convert
@@ -53,12 +62,26 @@ WRITTEN = {
     "w4a16-g64-asym": "vllm",
     "w4a16-asym": "vllm",
     "w8a8-tensor": "vllm",
+    "fp8": "vllm",
+    "fp8-a16": "vllm",
     "w8a16-tensor": "transformers",
     "w8a8-asym": "transformers",
     "w4a8-g64": "transformers",
     "w3a16-g32-asym": "transformers",
 }
 """Schemes, and the engine whose limits they keep."""
+EXPERTS = ("w4a16-g32", "w8a16", "w8a8", "fp8")
+"""Schemes for mixtures; transformers does not load w8a8."""
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -76,7 +99,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--scales", default="model", choices=("model", "keep"))
     parser.add_argument(
-        "--ways", nargs="+", default=["written", "made"], choices=("written", "made")
+        "--ways",
+        nargs="+",
+        default=["written", "made"],
+        choices=("written", "made", "experts"),
+        help="experts: mixtures, with llm-compressor",
     )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the checkpoints here")
     return parser.parse_args(arguments)
@@ -100,17 +127,7 @@ def peer_of(text: str) -> tuple[str, Path]:
 def float_model(directory: Path, dtype: torch.dtype) -> None:
     """Two blocks that keep vLLM's limits, with random weights and a tied head."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-    )
+    config = LlamaConfig(**SIZES, tie_word_embeddings=True)
     LlamaForCausalLM._from_config(config, dtype=dtype).save_pretrained(directory)
 
 
@@ -139,6 +156,32 @@ def made(work: Comparison, scales: str) -> Iterator[Row]:
         yield work.row("back", scheme, back, work.peer("read", back))
 
 
+def experts(work: Comparison, scales: str) -> Iterator[Row]:
+    """Mixtures: what ptq writes, read by the peer, and the other way round."""
+    sizes = {**SIZES, "num_experts_per_tok": 2}
+    mixtures = (
+        MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4)),
+        Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**sizes, num_experts=4, moe_intermediate_size=128, head_dim=64)
+        ),
+    )
+    for model in mixtures:
+        name = model.config.model_type
+        model.to(work.dtype).save_pretrained(work.root / name)
+        for scheme in EXPERTS:
+            quantized, _ = ptq.load_float(work.root / name)
+            ptq.quantize(quantized, scheme)
+            source, target = work.root / f"{name}-{scheme}", work.root / f"{name}-{scheme}-ct"
+            ptq.save(quantized, source)
+            engine = "transformers" if "a16" in scheme else "vllm"
+            convert(source, target, "compressed-tensors", engine=engine, scales=scales)
+            yield work.row("written", f"{name} {scheme}", target, work.peer("read", target))
+        for scheme in EXPERTS:
+            theirs = work.root / f"{name}-{scheme}-made"
+            more = ("--model", str(work.root / name), "--scheme", scheme)
+            yield work.row("made", f"{name} {scheme}", theirs, work.peer("make", theirs, *more))
+
+
 @dataclass(frozen=True)
 class Peer:
     """A toolkit: the script that runs in its environment, the dtype of its checkpoints, and what is
@@ -150,7 +193,9 @@ class Peer:
 
 
 PEERS = {
-    "llm-compressor": Peer(_SCRIPT, "bfloat16", {"written": written, "made": made}),
+    "llm-compressor": Peer(
+        _SCRIPT, "bfloat16", {"written": written, "made": made, "experts": experts}
+    ),
     "gptqmodel": Peer(
         packed_interop.SCRIPT,
         "float16",
@@ -181,6 +226,8 @@ def check(options: argparse.Namespace, console: Console) -> None:
         (root / "tokens.json").write_text(json.dumps(rows), encoding="utf-8")
         float_model(root / "float", work.dtype)
         for way in options.ways:
+            if way not in peer.ways:
+                raise ConfigError(f"--ways {way}: {name} has {', '.join(peer.ways)}")
             for row in peer.ways[way](work, options.scales):
                 console.say(table_row(row))
 

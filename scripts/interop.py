@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import ptq
 from ptq.errors import ConfigError
-from ptq.model import replace_module
+from ptq.formats import INTEGERS
+from ptq.model import FileNames, replace_module
 from ptq.modules import QuantLinear, quantized_layers
 
 
@@ -38,17 +39,22 @@ def ulps(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> float:
 def weights_ulp(model: nn.Module, weights: dict[str, Tensor]) -> float:
     """The largest difference of any quantized layer's weight from the peer's.
 
+    Args:
+        weights: by their names in files, where experts have layers of their own.
+
     Raises:
         ConfigError: the peer has not the same layers.
     """
-    layers = quantized_layers(model)
-    if {f"{name}.weight" for name in layers} != weights.keys():
+    names, wanted = FileNames(model), {}
+    for name, layer in quantized_layers(model).items():
+        known = [f"{part}.weight" in weights for part in names.parts(name)]
+        parts = names.parts(name) if all(known) else names.usual_parts(name)
+        weight = layer.float_weight(layer.scale.dtype)
+        for part, rows in zip(parts, weight.chunk(len(parts)), strict=True):
+            wanted[f"{part}.weight"] = rows
+    if wanted.keys() != weights.keys():
         raise ConfigError("the peer found other quantized layers than ptq")
-    worst = 0.0
-    for name, layer in layers.items():
-        wanted = layer.float_weight(layer.scale.dtype)
-        worst = max(worst, ulps(weights[f"{name}.weight"], wanted, layer.scale.dtype))
-    return worst
+    return max(ulps(weights[key], rows, rows.dtype) for key, rows in wanted.items())
 
 
 class Reference(nn.Module):
@@ -64,9 +70,13 @@ class Reference(nn.Module):
         if activations is not None:
             assert activations.symmetric
             scale = self.layer.input_scale
-            if scale is None:
-                scale = x.abs().amax(-1, keepdim=True) / 127.5
-            x = (x / scale).round().clamp(-128, 127) * scale
+            largest = x.abs().amax(-1, keepdim=True)
+            if activations.format not in INTEGERS:
+                scale = largest / 448
+                x = (x / scale).to(torch.float8_e4m3fn).float() * scale
+            else:
+                scale = largest / 127.5 if scale is None else scale
+                x = (x / scale).round().clamp(-128, 127) * scale
         return nn.functional.linear(x, self.weight, self.layer.bias)
 
 

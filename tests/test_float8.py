@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import ptq
 from ptq.algorithms import round_to_nearest
-from ptq.checkpoint.compressed_tensors import write
+from ptq.checkpoint.packed_int32 import write
+from ptq.checkpoint.packed_int32.settings import LayoutName
 from ptq.config import Scheme, preset
 from ptq.core import QuantizedWeight, pack, unpack
 from ptq.errors import ConfigError, UnsupportedError
@@ -167,11 +168,13 @@ def test_mistakes(scheme: object, expected: str) -> None:
         ptq.quantize(nn.Sequential(nn.Linear(16, 16)), scheme)
 
 
-def test_compressed_tensors_refuses_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["gptq", "gptq-v2", "awq"])
+def test_formats_without_float8_refuse_it(tmp_path: Path, layout: LayoutName) -> None:
     model = tiny_llama()
-    ptq.quantize(model, "fp8")
-    with pytest.raises(UnsupportedError, match="float8_e4m3fn weights"):
-        write(model, tmp_path / "out")
+    ptq.quantize(model, "fp8-a16")
+    with pytest.raises(UnsupportedError, match="float8_e4m3fn weights.*--format compressed-tens"):
+        write(model, tmp_path / "out", layout)
+    assert not (tmp_path / "out").exists()
 
 
 def test_hqq_refuses_it() -> None:

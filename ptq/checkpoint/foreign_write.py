@@ -1,7 +1,8 @@
 """What writing the formats of other toolkits has in common: tensors by name, rounded scales, and a
 directory that appears once it reads back as it was written."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,10 @@ from ptq.checkpoint.shards import write_shards
 from ptq.checkpoint.side_files import copy_files, write_configs
 from ptq.checkpoint.target import check_target
 from ptq.checkpoint.tensors import distinct_tensors
-from ptq.core import QuantizedWeight
+from ptq.core import QuantizedWeight, split_rows
 from ptq.errors import CheckpointError, UnsupportedError
-from ptq.formats import IntFormat
 from ptq.kv_cache import cache_settings
-from ptq.model import Experts, stands_for
+from ptq.model import Experts, FileNames, is_fused_experts, stands_for, unfolded
 from ptq.modules import QuantLinear, quantized_modules
 
 Values = Callable[[], Tensor]
@@ -34,24 +34,31 @@ class ForeignCheckpoint:
 
     Args:
         layers: the quantized layers, by name.
-        stored: the tensors of each of them.
+        parts: what files call each of them, or its rows if they have it as several.
+        stored: the tensors of each part.
         config: ``quantization_config`` of config.json.
         scale_dtype: what the scales were rounded to; None: they are as they were.
     """
 
     model: PreTrainedModel
     layers: Mapping[str, QuantLinear]
+    parts: Mapping[str, tuple[str, ...]]
     stored: Mapping[str, Made]
     config: Mapping[str, Any]
     scale_dtype: torch.dtype | None
 
 
-def as_transformers_model(model: nn.Module, format_name: str) -> PreTrainedModel:
+def as_transformers_model(
+    model: nn.Module, format_name: str, remedy_for_conv: str | None
+) -> PreTrainedModel:
     """The model, which is one of transformers and has quantized layers.
 
+    Args:
+        remedy_for_conv: what to do with a quantized Conv1D; None: the format's readers load it.
+
     Raises:
-        UnsupportedError: it is none of transformers, or a layer is of a kind or of numbers that
-            the format's readers do not expect; it is named.
+        UnsupportedError: it is none of transformers, or a layer is of a kind that the format's
+            readers do not expect; it is named.
         CheckpointError: nothing in it is quantized.
     """
     if not isinstance(model, PreTrainedModel):
@@ -62,31 +69,48 @@ def as_transformers_model(model: nn.Module, format_name: str) -> PreTrainedModel
     modules = quantized_modules(model)
     if not modules:
         raise CheckpointError(f"nothing in this {type(model).__name__} is quantized")
-    _check_kinds(model, modules, format_name)
     for name, module in modules.items():
-        if not isinstance(module.scheme.weights.number_format, IntFormat):
+        origin = stands_for(module)
+        if origin is not None and remedy_for_conv is not None:
             raise UnsupportedError(
-                f"layer {name} has {module.scheme.weights.format} weights, which are not written "
-                f"to {format_name}; keep the ptq format, or choose an integer scheme such as w8a8"
+                f"layer {name} is {type(origin).__name__} in the float model, which readers of "
+                f"{format_name} leave as it is; {remedy_for_conv}"
             )
     return model
 
 
-def _check_kinds(model: nn.Module, layers: Iterable[str], format_name: str) -> None:
-    """Whether each of these quantized layers was an ``nn.Linear``."""
-    experts = [name for name, module in model.named_modules() if isinstance(module, Experts)]
-    for name in layers:
-        origin = stands_for(model.get_submodule(name))
-        if origin is not None:
-            kind = type(origin).__name__
-        elif any(name.startswith(f"{owner}.") for owner in experts):
-            kind = "part of fused experts"
-        else:
-            continue
-        raise UnsupportedError(
-            f"layer {name} is {kind} in the float model, which no reader of {format_name} "
-            "expects; save it with ptq.save, or leave it float"
+@contextmanager
+def as_in_files(model: nn.Module) -> Iterator[None]:
+    """Within it, float experts that files have apart are apart in the model as well."""
+    names = FileNames(model)
+    fused = [name for name, module in model.named_modules() if is_fused_experts(module)]
+    with unfolded(model, [f"{name}.0" for name in fused if names.are_apart(name)]):
+        yield
+
+
+def parts_in_files(model: nn.Module, layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """What files call these linear layers, or their parts.
+
+    Raises:
+        UnsupportedError: files do not have a layer as layers; it is named.
+    """
+    names = FileNames(model)
+    return {name: names.parts(name) for name in layers}
+
+
+def stored_parts(
+    layers: Mapping[str, QuantLinear],
+    parts: Mapping[str, tuple[str, ...]],
+    make: Callable[[QuantLinear, QuantizedWeight], Made],
+) -> dict[str, Made]:
+    """What ``make`` makes of each part of each layer, by the part's name in files."""
+    return {
+        part: make(layer, weight)
+        for name, layer in layers.items()
+        for part, weight in zip(
+            parts[name], split_rows(layer.quantized_weight, len(parts[name])), strict=True
         )
+    }
 
 
 def left_out(model: nn.Module) -> list[str]:
@@ -107,6 +131,34 @@ def lazily(weight: QuantizedWeight, values: Callable[[QuantizedWeight], dict[str
 def float_linears(model: nn.Module) -> list[str]:
     """The names of the linear layers that stay float."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def kept_float(model: nn.Module) -> list[str]:
+    """All names, in the model and in files, of linear layers that stay float.
+
+    The routers of mixtures are among them, which are linear layers in vLLM.
+    """
+    names = FileNames(model)
+    kept = [n for name in float_linears(model) for n in all_names(names, name)]
+    for name, module in model.named_modules():
+        if any(isinstance(m, Experts) or is_fused_experts(m) for m in module.children()):
+            routers = (f"{name}.{leaf}" for leaf, m in module.named_children() if _is_matrix(m))
+            kept += [n for router in routers for n in all_names(names, router)]
+    return list(dict.fromkeys(kept))
+
+
+def all_names(names: FileNames, layer: str) -> list[str]:
+    """What a layer, or each of its parts, may be called in another toolkit's config."""
+    parts = names.parts(layer)
+    own = [layer] if len(parts) == 1 else []
+    return list(dict.fromkeys([*own, *parts, *names.usual_parts(layer)]))
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether it multiplies with a weight of its own, and is no linear layer."""
+    weight = getattr(module, "weight", None)
+    own = isinstance(weight, nn.Parameter) and weight.dim() == 2
+    return own and not isinstance(module, nn.Linear | nn.Embedding | QuantLinear)
 
 
 def rounded_scales(
@@ -186,12 +238,24 @@ def _tensors(checkpoint: ForeignCheckpoint) -> tuple[dict[str, Tensor], Elsewher
     found, aliases = distinct_tensors(model)
     tied = model.all_tied_weights_keys
     found |= {key: found[source] for key, source in aliases.items() if key not in tied}
-    tensors = {key: tensor for key, tensor in found.items() if key not in own}
+    names = FileNames(model)
+    linears = {*layers, *float_linears(model)}
+    tensors = {}
+    for key, tensor in found.items():
+        owner, _, leaf = key.rpartition(".")
+        if key in own:
+            continue
+        if owner not in linears:
+            tensors[names.in_file(key)] = tensor
+            continue
+        parts = names.parts(owner)
+        for part, rows in zip(parts, tensor.chunk(len(parts)), strict=True):
+            tensors[f"{part}.{leaf}"] = rows
     elsewhere = {}
-    for name, made in checkpoint.stored.items():
+    for part, made in checkpoint.stored.items():
         for key, (empty, values) in made.items():
-            tensors[f"{name}.{key}"] = empty
-            elsewhere[f"{name}.{key}"] = values
+            tensors[f"{part}.{key}"] = empty
+            elsewhere[f"{part}.{key}"] = values
     return tensors, elsewhere
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from ptq.errors import UnsupportedError
+from ptq.formats import INTEGERS
+from ptq.model import Experts
 from ptq.modules import QuantLinear
 
 GROUP_SIZES = (32, 64, 128)
@@ -43,16 +45,15 @@ def check_vllm(model: nn.Module, layers: Mapping[str, QuantLinear], loads: Loads
         UnsupportedError: it does not; the layer is named.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    _check_experts(model, loads)
     for name, layer in layers.items():
         if layer is head:
             raise _vllm(
                 name, "is the output head, which it keeps in float", "set its rule to float"
             )
-        weight_only = layer.scheme.activations is None
-        problem = _weight_only(layer, loads) if weight_only else _int8(layer)
+        problem = _problem(layer, loads)
         if problem is not None:
             raise _vllm(name, *problem)
-    _check_experts(model)
     fused = list(_fused(model))
     for names in fused:
         _check_alike(model, names)
@@ -60,6 +61,19 @@ def check_vllm(model: nn.Module, layers: Mapping[str, QuantLinear], loads: Loads
     for names in [*fused, *([name] for name in layers if name not in together)]:
         if loads.tiles:
             _check_rows(model, names, loads)
+
+
+def _problem(layer: QuantLinear, loads: Loads) -> tuple[str, str] | None:
+    """What vLLM does not load of a layer, and what to do."""
+    if layer.scheme.weights.format not in INTEGERS:
+        return _float8(layer)
+    return _weight_only(layer, loads) if layer.scheme.activations is None else _int8(layer)
+
+
+def _float8(layer: QuantLinear) -> tuple[str, str] | None:
+    if layer.scheme.weights.granularity == "group":
+        return f"is {layer.scheme}: it takes fp8 with a scale per channel or tensor", "choose fp8"
+    return None
 
 
 def _weight_only(layer: QuantLinear, loads: Loads) -> tuple[str, str] | None:
@@ -104,15 +118,45 @@ def _int8(layer: QuantLinear) -> tuple[str, str] | None:
     return None
 
 
-def _check_experts(model: nn.Module) -> None:
+def _check_experts(model: nn.Module, loads: Loads) -> None:
     for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            for leaf, layer in _linears(module):
+                problem = _expert(layer, loads) if isinstance(layer, QuantLinear) else None
+                if problem is not None:
+                    raise _vllm(f"{name}.{leaf}", *problem)
+            _check_alike(model, [f"{name}.{leaf}" for leaf, _ in _linears(module)])
         own = module.parameters(recurse=False)
         if type(module).__name__.endswith("Experts") and any(p.dim() == 3 for p in own):
             raise _vllm(
                 name,
                 "keeps its experts in one float tensor, where it expects codes of each",
-                "there is none yet for mixtures of experts",
+                "keep the ptq format",
             )
+
+
+def _linears(experts: Experts) -> list[tuple[str, nn.Module]]:
+    kinds = (nn.Linear, QuantLinear)
+    return [(name, m) for name, m in experts.named_modules() if isinstance(m, kinds)]
+
+
+def _expert(layer: QuantLinear, loads: Loads) -> tuple[str, str] | None:
+    """What vLLM's kernels for experts do not take of what it loads elsewhere."""
+    scheme, weights = layer.scheme, layer.scheme.weights
+    integer = weights.format in INTEGERS
+    if integer and scheme.activations is None:
+        if weights.symmetric or not loads.int8:
+            return None
+        return "has asymmetric weights, which it does not take for experts", "choose symmetric ones"
+    plain = scheme.activations is not None and scheme.activations.mode == "dynamic"
+    if plain and weights.granularity == "channel":
+        return None
+    kind = "int8" if integer else "fp8"
+    return (
+        f"is {scheme}: for experts it takes {kind} inputs with a scale per token, and {kind} "
+        "weights with a scale per channel",
+        f"choose {'w8a8' if integer else 'fp8'}",
+    )
 
 
 def _fused(model: nn.Module) -> Iterator[list[str]]:
@@ -147,7 +191,7 @@ def _check_alike(model: nn.Module, names: list[str]) -> None:
 def _check_rows(model: nn.Module, names: list[str], loads: Loads) -> None:
     """Whether the rows of the layers, which become one, fill Marlin's tiles."""
     modules = [model.get_submodule(name) for name in names]
-    layers = [m for m in modules if isinstance(m, QuantLinear) and m.scheme.activations is None]
+    layers = [m for m in modules if isinstance(m, QuantLinear) and _is_packed(m)]
     rows = sum(layer.out_features for layer in layers)
     if rows % _ROWS:
         whose = " with its siblings" if len(names) > 1 else ""
@@ -156,6 +200,10 @@ def _check_rows(model: nn.Module, names: list[str], loads: Loads) -> None:
             f"has {rows} output channels{whose}, no multiple of {_ROWS}",
             _smaller(loads),
         )
+
+
+def _is_packed(layer: QuantLinear) -> bool:
+    return layer.scheme.activations is None and layer.scheme.weights.format in INTEGERS
 
 
 def _vllm(name: str, problem: str, remedy: str) -> UnsupportedError:

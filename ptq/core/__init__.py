@@ -7,6 +7,7 @@ from ptq.core.hadamard import hadamard
 from ptq.core.packing import pack, packed_width, unpack
 from ptq.core.quantized_weight import QuantizedWeight
 from ptq.core.rotation import Rotation
+from ptq.core.rows import join_rows, split_rows
 
 __all__ = [
     "Granularity",
@@ -17,8 +18,10 @@ __all__ = [
     "dequantize",
     "hadamard",
     "is_finite",
+    "join_rows",
     "pack",
     "packed_width",
     "quantize",
+    "split_rows",
     "unpack",
 ]

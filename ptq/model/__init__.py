@@ -1,7 +1,8 @@
 """Finding, loading and reading models; nothing here quantizes."""
 
 from ptq.model.blocks import block_lists
-from ptq.model.experts import Experts
+from ptq.model.experts import Experts, is_fused_experts
+from ptq.model.file_names import FileNames
 from ptq.model.forget import forget_quantization
 from ptq.model.layers import (
     LayerInfo,
@@ -28,6 +29,7 @@ from ptq.model.unfold import fold, folded, unfold, unfolded
 
 __all__ = [
     "Experts",
+    "FileNames",
     "LayerInfo",
     "ModelSource",
     "StreamedModel",
@@ -40,6 +42,7 @@ __all__ = [
     "fold",
     "folded",
     "forget_quantization",
+    "is_fused_experts",
     "load_float",
     "load_model",
     "load_model_config",

@@ -1,6 +1,6 @@
 """The ``quantization_config`` of config.json: which layer has which scheme."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,14 +10,19 @@ from torch import nn
 from ptq.checkpoint.patterns import matches
 from ptq.config import ActivationScheme, Scheme, WeightScheme
 from ptq.errors import CheckpointError, UnsupportedError
+from ptq.formats import FLOAT8
 
 METHOD = "compressed-tensors"
-Layout = Literal["int-quantized", "pack-quantized"]
-_LAYOUTS: dict[str, Layout] = {
-    "int-quantized": "int-quantized",
-    "naive-quantized": "int-quantized",
-    "pack-quantized": "pack-quantized",
+Layout = Literal["int-quantized", "float-quantized", "pack-quantized"]
+_LAYOUTS: dict[tuple[str, str], Layout] = {
+    ("int-quantized", "int"): "int-quantized",
+    ("naive-quantized", "int"): "int-quantized",
+    ("float-quantized", "float"): "float-quantized",
+    ("naive-quantized", "float"): "float-quantized",
+    ("pack-quantized", "int"): "pack-quantized",
 }
+"""By what the format is called and the type of the weights."""
+_BITS = range(2, 9)
 
 
 class Arguments(BaseModel):
@@ -99,26 +104,31 @@ def parse_groups(data: Mapping[str, Any], source: Path) -> Groups:
     return groups
 
 
-def group_of(groups: Groups, name: str, module: nn.Module) -> Group | None:
+def group_of(groups: Groups, names: Sequence[str], module: nn.Module) -> Group | None:
     """The group of a layer, None if it is float: a target that is its name wins over an
-    expression, and that over its class; a later group with the same target over an earlier one."""
-    if any(_matches(name, module, target) for target in groups.ignore or ()):
+    expression, and that over its class; a later group with the same target over an earlier one.
+
+    Args:
+        names: all that the layer may be called.
+    """
+    if any(_matches(names, module, target) for target in groups.ignore or ()):
         return None
     by_target = {t: group for group in groups.config_groups.values() for t in group.targets}
     named = sorted(by_target, key=lambda t: ("re:" in t, t))
-    found = [t for t in named if _matches_name(name, t)]
+    found = [t for t in named if _matches_name(names, t)]
     found += [t for t in named if _matches_class(module, t)]
     return by_target[found[0]] if found else None
 
 
-def _matches(name: str, module: nn.Module, target: str) -> bool:
-    return _matches_name(name, target) or _matches_class(module, target)
+def _matches(names: Sequence[str], module: nn.Module, target: str) -> bool:
+    return _matches_name(names, target) or _matches_class(module, target)
 
 
-def _matches_name(name: str, target: str) -> bool:
+def _matches_name(names: Sequence[str], target: str) -> bool:
     if not target.startswith("re:"):
-        return name == target
-    return matches(target[3:], name, "quantization_config.config_groups")
+        return target in names
+    expression = target[3:]
+    return any(matches(expression, name, "quantization_config.config_groups") for name in names)
 
 
 def _matches_class(module: nn.Module, target: str) -> bool:
@@ -132,10 +142,12 @@ def layout_of(group: Group, groups: Groups, name: str) -> Layout:
         UnsupportedError: in a way that ptq does not read.
     """
     found = group.format or groups.format
-    if found in _LAYOUTS:
-        return _LAYOUTS[found]
+    kind = "int" if group.weights is None else group.weights.type
+    if (found, kind) in _LAYOUTS:
+        return _LAYOUTS[found, kind]
     raise UnsupportedError(
-        f"layer {name} is stored as {found!r}; ptq reads int-quantized and pack-quantized"
+        f"layer {name} is stored as {found!r} with {kind} weights; ptq reads int-quantized, "
+        "float-quantized (fp8) and pack-quantized; quantize the float model: ptq.quantize"
     )
 
 
@@ -150,7 +162,8 @@ def scheme_of(group: Group, name: str, scale_dtype: str, signed: bool) -> Scheme
         UnsupportedError: ptq has no such scheme.
     """
     weights = group.weights
-    if weights is None or weights.type != "int" or not 2 <= weights.num_bits <= 8:
+    number = None if weights is None else _number_format(weights)
+    if weights is None or number is None:
         raise _unsupported(name, "weights", weights)
     if weights.kind not in ("tensor", "channel", "group") or weights.dynamic:
         raise _unsupported(name, "weights", weights)
@@ -161,18 +174,27 @@ def scheme_of(group: Group, name: str, scale_dtype: str, signed: bool) -> Scheme
         raise _unsupported(name, "weights", weights)
     made = WeightScheme.model_validate(
         {
-            "format": f"int{weights.num_bits}",
+            "format": number,
             "symmetric": weights.symmetric,
             "granularity": weights.kind,
             "group_size": weights.group_size if grouped else None,
             "scale_dtype": scale_dtype,
-            "signed_scale": signed and weights.symmetric,
+            "signed_scale": signed and weights.symmetric and number != FLOAT8.name,
         }
     )
-    return Scheme(weights=made, activations=_activations(group.input_activations, name))
+    activations = _activations(group.input_activations, weights.type, name)
+    return Scheme(weights=made, activations=activations)
 
 
-def _activations(found: Arguments | None, name: str) -> ActivationScheme | None:
+def _number_format(weights: Arguments) -> str | None:
+    """The name of the codes' format; None if ptq has none."""
+    if weights.type == "float" and weights.num_bits == 8 and weights.symmetric:
+        return FLOAT8.name
+    return f"int{weights.num_bits}" if weights.type == "int" and weights.num_bits in _BITS else None
+
+
+def _activations(found: Arguments | None, kind: str, name: str) -> ActivationScheme | None:
+    """The scheme of the inputs of weights of this kind, int or float."""
     if found is None:
         return None
     modes: dict[tuple[str, bool | str], Literal["dynamic", "static"]] = {
@@ -180,21 +202,28 @@ def _activations(found: Arguments | None, name: str) -> ActivationScheme | None:
         ("tensor", False): "static",
     }
     mode = modes.get((found.kind, found.dynamic))
-    if mode is None or (found.type, found.num_bits) != ("int", 8):
+    if mode is None or (found.type, found.num_bits) != (kind, 8):
         raise _unsupported(name, "input_activations", found)
-    return ActivationScheme(mode=mode, symmetric=found.symmetric)
+    if kind == "int":
+        return ActivationScheme(mode=mode, symmetric=found.symmetric)
+    if mode == "static" or not found.symmetric:
+        raise _unsupported(name, "input_activations", found)
+    return ActivationScheme(format="float8_e4m3fn")
 
 
 def _unsupported(name: str, what: str, found: Arguments | None) -> UnsupportedError:
     said = found and found.model_dump(exclude_none=True, exclude_defaults=True)
     return UnsupportedError(
         f"layer {name}: {what} {said} is no scheme of ptq: int weights of 2 to 8 bits per tensor, "
-        "channel or group of at least 8, int8 inputs per token (dynamic) or tensor (static)"
+        "channel or group of at least 8, int8 inputs per token (dynamic) or tensor (static); or "
+        "fp8 weights, symmetric, and fp8 inputs per token (FP8_DYNAMIC of llm-compressor)"
     )
 
 
 def layout_for(scheme: Scheme) -> Layout:
-    """How the format stores the codes of a scheme: packed where the inputs stay float."""
+    """How the format stores the codes of a scheme: integers packed where the inputs stay float."""
+    if scheme.weights.format == FLOAT8.name:
+        return "float-quantized"
     return "pack-quantized" if scheme.activations is None else "int-quantized"
 
 
@@ -230,27 +259,28 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
 
 def _group_body(scheme: Scheme) -> dict[str, Any]:
     weights, inputs = scheme.weights, scheme.activations
+    made = {
+        "num_bits": weights.number_format.bits,
+        "type": "float" if weights.format == FLOAT8.name else "int",
+        "symmetric": weights.symmetric,
+        "strategy": weights.granularity,
+        "group_size": weights.group_size,
+        "dynamic": False,
+    }
     arguments = None
     if inputs is not None:
         dynamic = inputs.mode == "dynamic"
-        arguments = _arguments(8, inputs.symmetric, "token" if dynamic else "tensor", None, dynamic)
-    bits, size = weights.int_format.bits, weights.group_size
+        arguments = {
+            **made,
+            "num_bits": 8,
+            "symmetric": inputs.symmetric,
+            "strategy": "token" if dynamic else "tensor",
+            "group_size": None,
+            "dynamic": dynamic,
+        }
     return {
-        "weights": _arguments(bits, weights.symmetric, weights.granularity, size, False),
+        "weights": made,
         "input_activations": arguments,
         "output_activations": None,
         "format": layout_for(scheme),
-    }
-
-
-def _arguments(
-    bits: int, symmetric: bool, strategy: str, group_size: int | None, dynamic: bool
-) -> dict[str, Any]:
-    return {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": symmetric,
-        "strategy": strategy,
-        "group_size": group_size,
-        "dynamic": dynamic,
     }

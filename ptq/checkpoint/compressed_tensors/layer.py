@@ -19,7 +19,7 @@ from ptq.config import Scheme
 from ptq.core import QuantizedWeight, pack
 from ptq.core.quantized_weight import SCALE_DTYPES
 from ptq.errors import CheckpointError
-from ptq.formats import INTEGERS, IntFormat
+from ptq.formats import FLOAT8, INTEGERS, FloatFormat, IntFormat
 
 
 def expected_tensors(group: Group, layout: Layout, rows: int, columns: int) -> dict[str, Expected]:
@@ -35,6 +35,8 @@ def expected_tensors(group: Group, layout: Layout, rows: int, columns: int) -> d
     found = {"weight_scale": Expected(SCALE_DTYPES, scale)}
     if layout == "int-quantized":
         found["weight"] = Expected((torch.int8,), (rows, columns))
+    elif layout == "float-quantized":
+        found["weight"] = Expected((FLOAT8.dtype,), (rows, columns))
     else:
         found["weight_packed"] = Expected((torch.int32,), (rows, word_count(columns, bits)))
         found["weight_shape"] = Expected((torch.int64, torch.int32), (2,))
@@ -74,9 +76,11 @@ def read_weight(
         CheckpointError: the stored shape is another, a code is out of range, or a scale is no
             number.
     """
-    fmt, gran = scheme.weights.int_format, scheme.weights.granularity_value
+    fmt, gran = scheme.weights.number_format, scheme.weights.granularity_value
     rows, columns = shape
-    if layout == "pack-quantized":
+    if isinstance(fmt, FloatFormat):
+        packed = _numbers(tensors["weight"])
+    elif layout == "pack-quantized":
         stored = tuple(tensors["weight_shape"].tolist())
         if stored != shape:
             raise CheckpointError(f"weight_shape is {list(stored)}, the layer has {list(shape)}")
@@ -84,7 +88,7 @@ def read_weight(
     else:
         packed = pack(_in_range("weight", tensors["weight"], fmt.bits), fmt)
     zero_point = tensors.get("weight_zero_point")
-    if zero_point is not None and layout == "pack-quantized":
+    if zero_point is not None and layout == "pack-quantized" and isinstance(fmt, IntFormat):
         zero_point = zero_points_from_words(zero_point, rows, fmt)
     scale_shape = gran.scale_shape(shape)
     if zero_point is not None:
@@ -115,6 +119,14 @@ def _in_range(name: str, codes: Tensor, bits: int) -> Tensor:
     return codes
 
 
+def _numbers(codes: Tensor) -> Tensor:
+    """The bytes of floating-point codes, each of which is a number."""
+    packed = pack(codes, FLOAT8)
+    if bool(((packed & 0x7F) == 0x7F).any()):
+        raise CheckpointError("weight has codes that are no numbers; the file is damaged")
+    return packed
+
+
 def stored_tensors(
     weight: QuantizedWeight, layout: Layout, scale_dtype: torch.dtype | None
 ) -> Made:
@@ -130,7 +142,6 @@ def _values(
     weight: QuantizedWeight, layout: Layout, scale_dtype: torch.dtype | None
 ) -> dict[str, Values]:
     fmt, packed = weight.format, layout == "pack-quantized"
-    assert isinstance(fmt, IntFormat)
     input_scale, input_zero_point = weight.input_scale, weight.input_zero_point
     zero_point = weight.zero_point
 
@@ -141,12 +152,12 @@ def _values(
         return tensor if scale_dtype is None else tensor.to(scale_dtype)
 
     made: dict[str, Values] = {"weight_scale": lambda: cast(flat(weight.scale))}
-    if packed:
+    if packed and isinstance(fmt, IntFormat):
         made["weight_packed"] = lambda: to_words(weight.packed, fmt)
         made["weight_shape"] = lambda: torch.tensor(weight.shape)
     else:
         made["weight"] = lambda: weight.codes
-    if zero_point is not None:
+    if zero_point is not None and isinstance(fmt, IntFormat):
         made["weight_zero_point"] = lambda: (
             zero_points_to_words(zero_point, fmt) if packed else flat(zero_point)
         )

@@ -2,8 +2,12 @@
 
 from collections.abc import Mapping
 
+from torch import nn
+
 from ptq.checkpoint.compressed_tensors.groups import layout_for
+from ptq.config import Scheme
 from ptq.errors import UnsupportedError
+from ptq.model import Experts
 from ptq.modules import QuantEmbedding, QuantLinear
 
 
@@ -45,3 +49,31 @@ def check_format(modules: Mapping[str, QuantLinear | QuantEmbedding]) -> dict[st
 
 def _refusal(name: str, problem: str, remedy: str) -> UnsupportedError:
     return UnsupportedError(f"layer {name} {problem}; {remedy}")
+
+
+def check_transformers(model: nn.Module, layers: Mapping[str, QuantLinear]) -> None:
+    """Whether transformers loads what is part of fused experts, which it dequantizes for that.
+
+    Raises:
+        UnsupportedError: it does not; the layer is named.
+    """
+    owners = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+    prefixes = tuple(f"{owner}." for owner in owners)
+    schemes: dict[bool, Scheme] = {}
+    for name, layer in layers.items():
+        expert, scheme = name.startswith(prefixes), layer.scheme
+        if expert and (layout_for(scheme) == "int-quantized" or not scheme.weights.symmetric):
+            raise _refusal(
+                name,
+                f"is {scheme} and part of fused experts, which transformers loads with packed "
+                "symmetric or fp8 weights only",
+                "choose a symmetric a16 scheme or fp8 for the experts, or --engine vllm",
+            )
+        first = schemes.setdefault(expert, scheme)
+        if prefixes and first != scheme:
+            raise _refusal(
+                name,
+                f"is {scheme}, others are {first}, and transformers loads one scheme for experts "
+                "and one for all other layers",
+                "give them one scheme, or choose --engine vllm",
+            )

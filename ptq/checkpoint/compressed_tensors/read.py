@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ptq.checkpoint.compressed_tensors.groups import (
     Group,
+    Groups,
     Layout,
     group_of,
     layout_of,
@@ -17,14 +18,15 @@ from ptq.checkpoint.compressed_tensors.groups import (
 )
 from ptq.checkpoint.compressed_tensors.layer import expected_tensors, read_weight
 from ptq.checkpoint.foreign import quantization_of
+from ptq.checkpoint.foreign_files import ForeignFiles, foreign_files
 from ptq.checkpoint.foreign_read import ForeignLayer, empty_model, filled, plain_linear
 from ptq.checkpoint.manifest import CONFIG
 from ptq.checkpoint.native_read import usable_device
 from ptq.checkpoint.shard import dtype_name
-from ptq.checkpoint.shard_index import find_shards
 from ptq.config import Scheme
 from ptq.core import QuantizedWeight
-from ptq.errors import CheckpointError, PTQError
+from ptq.errors import CheckpointError, PTQError, UnsupportedError
+from ptq.model import Experts
 
 
 def read(
@@ -49,20 +51,37 @@ def read(
     groups = parse_groups(quantization_of(root), root / CONFIG)
     if model is None:
         model = empty_model(root)
-    layers = {
-        name: _layer(name, module, group, layout_of(group, groups, name))
-        for name, module in model.named_modules()
-        if (group := group_of(groups, name, module)) is not None
-    }
-    if not layers:
-        raise CheckpointError(f"{root / CONFIG} has no group for any layer of the model")
-    return filled(root, model, layers, find_shards(root), device)
+    with foreign_files(root, model) as files:
+        layers = {
+            name: _layer(name, module, group, layout_of(group, groups, name), files)
+            for name, module in model.named_modules()
+            if not isinstance(module, Experts)
+            and (group := _group(groups, name, module, files)) is not None
+        }
+        if not layers:
+            raise CheckpointError(f"{root / CONFIG} has no group for any layer of the model")
+        return filled(files, model, layers, device)
 
 
-def _layer(name: str, module: nn.Module, group: Group, layout: Layout) -> ForeignLayer:
+def _group(groups: Groups, name: str, module: nn.Module, files: ForeignFiles) -> Group | None:
+    """The group of a layer, which is that of each of its parts."""
+    parts = files.parts_of(name)
+    found = [group_of(groups, files.called(part), module) for part in parts]
+    if any(group != found[0] for group in found):
+        raise UnsupportedError(
+            f"layers {' and '.join(parts)} are one layer, {name}, in the model that transformers "
+            "builds, but config.json has different schemes for them, which ptq cannot load; "
+            "quantize again with one scheme for them"
+        )
+    return found[0]
+
+
+def _layer(
+    name: str, module: nn.Module, group: Group, layout: Layout, files: ForeignFiles
+) -> ForeignLayer:
     linear = plain_linear(name, module)
     scheme_of(group, name, "float32", False)  # is there one?
-    shape = linear.out_features, linear.in_features
+    shape = linear.out_features // len(files.parts_of(name)), linear.in_features
     try:
         expected = expected_tensors(group, layout, *shape)
     except PTQError as error:

@@ -1,5 +1,6 @@
 """Writing a checkpoint in the compressed-tensors format."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,22 +11,29 @@ from transformers import PreTrainedModel
 
 from ptq.checkpoint.compressed_tensors.groups import layout_for, quantization_config
 from ptq.checkpoint.compressed_tensors.layer import stored_tensors
-from ptq.checkpoint.compressed_tensors.limits import check_format
+from ptq.checkpoint.compressed_tensors.limits import check_format, check_transformers
 from ptq.checkpoint.compressed_tensors.read import read
 from ptq.checkpoint.foreign_write import (
     ForeignCheckpoint,
+    all_names,
+    as_in_files,
     as_transformers_model,
-    float_linears,
+    kept_float,
     left_out,
+    parts_in_files,
     rounded_scales,
+    stored_parts,
     write_foreign,
 )
 from ptq.checkpoint.vllm import Loads, check_vllm
-from ptq.modules import quantized_modules
+from ptq.config import Scheme
+from ptq.model import FileNames
+from ptq.modules import QuantLinear, quantized_modules
 
 Engine = Literal["vllm", "transformers"]
 Scales = Literal["model", "keep"]
 _VLLM = Loads(symmetric=(4, 8), asymmetric=(4,), int8=True, tiles=True)
+_CONV = "choose --format gptq (weights alone), or keep the ptq format"
 
 
 def write(
@@ -58,27 +66,41 @@ def write(
         CheckpointError: nothing is quantized, the directory cannot be used, the disk is full, or
             what was written reads back as something else.
     """
-    model = as_transformers_model(model, "compressed-tensors")
+    model = as_transformers_model(model, "compressed-tensors", _CONV)
     layers = check_format(quantized_modules(model))
-    if engine == "vllm":
-        check_vllm(model, layers, _VLLM)
-    dtype = _model_dtype(model) if scales == "model" else None
-    notes = rounded_scales(layers, dtype, "the model's dtype", "--scales keep")
-    stored = {
-        name: stored_tensors(layer.quantized_weight, layout_for(layer.scheme), dtype)
-        for name, layer in layers.items()
-    }
-    schemes = {name: layer.scheme for name, layer in layers.items()}
-    config = quantization_config(schemes, float_linears(model))
-    write_foreign(
-        ForeignCheckpoint(model, layers, stored, config, dtype),
-        directory,
-        read,
-        tokenizer=tokenizer,
-        shard_bytes=shard_bytes,
-        carried=carried,
-    )
+    with as_in_files(model):
+        parts = parts_in_files(model, layers)
+        if engine == "vllm":
+            check_vllm(model, layers, _VLLM)
+        else:
+            check_transformers(model, layers)
+        dtype = _model_dtype(model) if scales == "model" else None
+        notes = rounded_scales(layers, dtype, "the model's dtype", "--scales keep")
+        stored = stored_parts(
+            layers, parts, lambda layer, w: stored_tensors(w, layout_for(layer.scheme), dtype)
+        )
+        config = quantization_config(_targets(model, layers), kept_float(model))
+        write_foreign(
+            ForeignCheckpoint(model, layers, parts, stored, config, dtype),
+            directory,
+            read,
+            tokenizer=tokenizer,
+            shard_bytes=shard_bytes,
+            carried=carried,
+        )
     return notes + left_out(model)
+
+
+def _targets(model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, Scheme]:
+    """The scheme of each layer, by all its names. transformers takes a group for that of experts if
+    its targets are expressions that say so."""
+    names = FileNames(model)
+    found = {}
+    for name, layer in layers.items():
+        for target in all_names(names, name):
+            expert = len(names.parts(name)) > 1 or ".experts." in target
+            found[f"re:^{re.escape(target)}$" if expert else target] = layer.scheme
+    return found
 
 
 def _model_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptq.checkpoint.foreign_write import float_linears
+from ptq.checkpoint.foreign_write import all_names, kept_float
 from ptq.checkpoint.packed_int32.layouts import fills_words
 from ptq.checkpoint.packed_int32.settings import BITS, LayoutName
 from ptq.checkpoint.vllm import Loads
 from ptq.errors import UnsupportedError
+from ptq.formats import INTEGERS
+from ptq.model import FileNames
 from ptq.modules import QuantEmbedding, QuantLinear
 
 VLLM = {
@@ -52,6 +54,11 @@ def check_format(
 
 def _scheme_problem(layer: QuantLinear, layout: LayoutName) -> tuple[str, str] | None:
     scheme, weights = layer.scheme, layer.scheme.weights
+    if weights.format not in INTEGERS:
+        return (
+            f"has {weights.format} weights, which {layout} does not have",
+            "choose --format compressed-tensors, or an integer scheme such as w4a16-g64",
+        )
     if scheme.activations is not None:
         return (
             f"is {scheme}, whose inputs are int8, which {layout} has no place for",
@@ -134,9 +141,11 @@ def check_model(
 
 def _check_names(model: nn.Module, layers: Mapping[str, QuantLinear]) -> None:
     """AutoAWQ and vLLM keep every layer in float whose name contains that of a float one."""
-    for kept in float_linears(model):
-        for name in layers:
-            if kept in name:
+    names = FileNames(model)
+    called = {other: name for name in layers for other in all_names(names, name)}
+    for kept in kept_float(model):
+        for other, name in called.items():
+            if kept in other:
                 raise _refusal(
                     name,
                     f"has a name that contains {kept}, which is float, and readers of awq would "

@@ -1,6 +1,5 @@
 """Reading a GPTQ or AWQ checkpoint, whoever wrote it."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -8,14 +7,13 @@ import torch
 from torch import nn
 
 from ptq.checkpoint.foreign import quantization_of
+from ptq.checkpoint.foreign_files import ForeignFiles, foreign_files
 from ptq.checkpoint.foreign_read import ForeignLayer, empty_model, filled, plain_linear
 from ptq.checkpoint.manifest import CONFIG
 from ptq.checkpoint.native_read import usable_device
 from ptq.checkpoint.packed_int32.layer import expected_tensors, read_weight
 from ptq.checkpoint.packed_int32.settings import AllSettings, parse_settings
-from ptq.checkpoint.shard import Stored
-from ptq.checkpoint.shard_index import find_shards
-from ptq.errors import CheckpointError, PTQError
+from ptq.errors import CheckpointError, PTQError, UnsupportedError
 
 METHODS = ("gptq", "awq")
 """``quant_method`` of what is read here."""
@@ -45,29 +43,37 @@ def read(
     device = usable_device(device)
     settings = parse_settings(quantization_of(root), root / CONFIG)
     model = empty_model(root) if model is None else model
-    shards = find_shards(root)
-    layers = {name: _layer(model, name, settings) for name in _quantized(shards)}
-    if not layers:
-        raise CheckpointError(f"{root} holds no tensor qweight, so nothing in it is quantized")
-    return filled(root, model, layers, shards, device)
+    with foreign_files(root, model) as files:
+        layers = {name: _layer(model, name, settings, files) for name in _quantized(files)}
+        if not layers:
+            raise CheckpointError(f"{root} holds no tensor qweight, so nothing in it is quantized")
+        return filled(files, model, layers, device)
 
 
-def _quantized(shards: Mapping[Path, Mapping[str, Stored]]) -> list[str]:
+def _quantized(files: ForeignFiles) -> list[str]:
     """The layers of which the files hold codes or zero points."""
-    parts = [key.rpartition(".") for header in shards.values() for key in header]
-    return sorted({name for name, _, leaf in parts if leaf in _OWN})
+    keys = [key.rpartition(".") for header in files.shards.values() for key in header]
+    whole = {part: name for name, parts in files.parts.items() for part in parts}
+    return sorted({whole.get(name, name) for name, _, leaf in keys if leaf in _OWN})
 
 
-def _layer(model: nn.Module, name: str, settings: AllSettings) -> ForeignLayer:
+def _layer(model: nn.Module, name: str, settings: AllSettings, files: ForeignFiles) -> ForeignLayer:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise CheckpointError(
             f"the files hold codes of a layer {name}, which {type(model).__name__} does not have "
-            "as transformers builds it (experts of a mixture, or another model)"
+            "as transformers builds it; config.json is of another model, copy it again"
         ) from None
     linear = plain_linear(name, module)
-    own, shape = settings.of(name), (linear.out_features, linear.in_features)
+    parts = files.parts_of(name)
+    own, *others = (settings.of(files.called(part)) for part in parts)
+    if any(other != own for other in others):
+        raise UnsupportedError(
+            f"layers {' and '.join(parts)} are one layer, {name}, in the model that transformers "
+            "builds, but config.json has different settings for them, which ptq cannot load"
+        )
+    shape = linear.out_features // len(parts), linear.in_features
     try:
         expected = expected_tensors(own, settings.layout, shape, linear.bias is not None)
     except PTQError as error:

@@ -1,6 +1,6 @@
 """``quantization_config`` of config.json: bits, group size and layout, of all layers or of one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,17 +61,21 @@ class AllSettings:
     common: Settings
     dynamic: Mapping[str, Mapping[str, Any]]
 
-    def of(self, name: str) -> Settings:
+    def of(self, names: Sequence[str]) -> Settings:
         """Those of one layer: the first rule whose expression matches its name changes them.
+
+        Args:
+            names: all that the layer may be called, one at least.
 
         Raises:
             CheckpointError: the rule says that the layer is float, or is no rule.
             UnsupportedError: its bits or group size are none that ptq has.
         """
-        settings = self.common
+        settings, name = self.common, names[0]
         for pattern, changed in self.dynamic.items():
             expression = pattern.removeprefix("+:").removeprefix("-:")
-            if not matches(expression, name, "quantization_config.dynamic"):
+            where = "quantization_config.dynamic"
+            if not any(matches(expression, other, where) for other in names):
                 continue
             if pattern.startswith("-:"):
                 raise CheckpointError(

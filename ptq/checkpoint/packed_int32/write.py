@@ -10,10 +10,13 @@ from transformers import PreTrainedModel
 
 from ptq.checkpoint.foreign_write import (
     ForeignCheckpoint,
+    as_in_files,
     as_transformers_model,
-    float_linears,
+    kept_float,
     left_out,
+    parts_in_files,
     rounded_scales,
+    stored_parts,
     write_foreign,
 )
 from ptq.checkpoint.packed_int32.layer import KEPT_DTYPES, SCALE_DTYPE, stored_tensors
@@ -66,27 +69,28 @@ def write(
         CheckpointError: nothing is quantized, the directory cannot be used, the disk is full, or
             what was written reads back as something else.
     """
-    model = as_transformers_model(model, layout)
+    conv = "choose --format gptq, or keep the ptq format" if layout == "awq" else None
+    model = as_transformers_model(model, layout, conv)
     layers = check_format(quantized_modules(model), layout)
-    check_model(model, layers, layout)
-    if engine == "vllm":
-        check_vllm(model, layers, VLLM[method_of_layout(layout)])
-    if scales == "keep":
-        _check_scales(layers, layout)
-    dtype = SCALE_DTYPE if scales == "model" else None
-    notes = rounded_scales(layers, dtype, "the format's dtype", _ELSEWHERE)
-    stored = {
-        name: stored_tensors(layer.quantized_weight, layout, dtype)
-        for name, layer in layers.items()
-    }
-    write_foreign(
-        ForeignCheckpoint(model, layers, stored, _config(model, layers, layout), dtype),
-        directory,
-        read,
-        tokenizer=tokenizer,
-        shard_bytes=shard_bytes,
-        carried=carried,
-    )
+    with as_in_files(model):
+        parts = parts_in_files(model, layers)
+        check_model(model, layers, layout)
+        if engine == "vllm":
+            check_vllm(model, layers, VLLM[method_of_layout(layout)])
+        if scales == "keep":
+            _check_scales(layers, layout)
+        dtype = SCALE_DTYPE if scales == "model" else None
+        notes = rounded_scales(layers, dtype, "the format's dtype", _ELSEWHERE)
+        stored = stored_parts(layers, parts, lambda _, w: stored_tensors(w, layout, dtype))
+        config = _config(model, layers, parts, layout)
+        write_foreign(
+            ForeignCheckpoint(model, layers, parts, stored, config, dtype),
+            directory,
+            read,
+            tokenizer=tokenizer,
+            shard_bytes=shard_bytes,
+            carried=carried,
+        )
     return notes + _to_know(layers, layout) + left_out(model)
 
 
@@ -120,7 +124,10 @@ def _all_symmetric(layers: Mapping[str, QuantLinear]) -> bool:
 
 
 def _config(
-    model: PreTrainedModel, layers: Mapping[str, QuantLinear], layout: LayoutName
+    model: PreTrainedModel,
+    layers: Mapping[str, QuantLinear],
+    parts: Mapping[str, tuple[str, ...]],
+    layout: LayoutName,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of these layers."""
     weights = next(iter(layers.values())).scheme.weights
@@ -128,7 +135,7 @@ def _config(
         "bits": weights.int_format.bits,
         "group_size": -1 if weights.group_size is None else weights.group_size,
     }
-    kept = float_linears(model)
+    kept = kept_float(model)
     if layout == "awq":
         return {
             "quant_method": "awq",
@@ -149,6 +156,6 @@ def _config(
     }
     inside = [name for name in kept if name.startswith(f"{blocks}.")]
     if inside:  # optimum's way of leaving layers out, and that of GPTQModel and vLLM
-        found["modules_in_block_to_quantize"] = [list(layers)]
+        found["modules_in_block_to_quantize"] = [[part for name in layers for part in parts[name]]]
         found["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in inside}
     return found

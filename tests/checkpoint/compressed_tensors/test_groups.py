@@ -20,6 +20,8 @@ from ptq.errors import CheckpointError, UnsupportedError
 
 WEIGHTS = {"num_bits": 4, "strategy": "group", "group_size": 32}
 TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True}
+FLOAT = {"num_bits": 8, "type": "float", "strategy": "channel"}
+FLOAT_TOKEN = {**TOKEN, "type": "float"}
 
 
 def parsed(**changes: Any) -> Groups:
@@ -59,10 +61,10 @@ def test_several_schemes_name_their_layers() -> None:
     groups = parse_groups(config, Path("config.json"))
     layer = nn.Linear(32, 32)
     for name, wanted in schemes.items():
-        group = group_of(groups, name, layer)
+        group = group_of(groups, [name], layer)
         assert group is not None
         assert str(scheme_of(group, name, "float32", False)) == str(wanted)
-    assert group_of(groups, "d", layer) is None
+    assert group_of(groups, ["d"], layer) is None
 
 
 def test_a_name_wins_over_an_expression_and_that_over_a_class() -> None:
@@ -80,7 +82,7 @@ def test_a_name_wins_over_an_expression_and_that_over_a_class() -> None:
     )
 
     def bits(name: str, module: nn.Module) -> int | None:
-        group = group_of(groups, name, module)
+        group = group_of(groups, [name], module)
         return None if group is None or group.weights is None else group.weights.num_bits
 
     layer = nn.Linear(4, 4)
@@ -102,6 +104,12 @@ def test_a_name_wins_over_an_expression_and_that_over_a_class() -> None:
             {"weights": {"strategy": "channel"}, "input_activations": {"symmetric": False}},
             "w8a8-static-aasym",
         ),
+        ({"weights": FLOAT, "input_activations": FLOAT_TOKEN}, "fp8"),
+        ({"weights": FLOAT}, "fp8-a16"),
+        (
+            {"weights": {**FLOAT, "strategy": "tensor"}, "input_activations": FLOAT_TOKEN},
+            "fp8-tensor",
+        ),
     ],
 )
 def test_schemes(group: dict[str, Any], wanted: str) -> None:
@@ -111,7 +119,15 @@ def test_schemes(group: dict[str, Any], wanted: str) -> None:
 @pytest.mark.parametrize(
     ("group", "named"),
     [
-        ({"weights": {"type": "float"}}, "weights"),
+        ({"weights": {"type": "float", "num_bits": 4}}, "weights"),
+        ({"weights": {**FLOAT, "symmetric": False}}, "weights"),
+        ({"weights": {**FLOAT, "strategy": "block", "block_structure": [8, 8]}}, "weights"),
+        ({"weights": FLOAT, "input_activations": TOKEN}, "input_activations"),
+        ({"weights": FLOAT, "input_activations": {**FLOAT_TOKEN, "symmetric": False}}, "input_act"),
+        (
+            {"weights": FLOAT, "input_activations": {"type": "float", "strategy": "tensor"}},
+            "input_activations",
+        ),
         ({"weights": {"num_bits": 16}}, "weights"),
         ({"weights": None}, "weights"),
         ({"weights": {"strategy": "block", "block_structure": [8, 8]}}, "weights"),
@@ -137,7 +153,24 @@ def test_what_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"config_groups.group_0.weights.zip: Extra inputs"):
         parsed(config_groups={"group_0": {"targets": [], "weights": {"zip": 1}}})
     with pytest.raises(CheckpointError, match="not a regular expression"):
-        group_of(parsed(ignore=["re:("]), "a", nn.Linear(2, 2))
+        group_of(parsed(ignore=["re:("]), ["a"], nn.Linear(2, 2))
     groups = parsed(format="marlin-24")
     with pytest.raises(UnsupportedError, match="layer fc is stored as 'marlin-24'"):
         layout_of(groups.config_groups["group_0"], groups, "fc")
+
+
+def test_the_layout_is_that_of_the_weights_type() -> None:
+    whole = {"targets": ["Linear"], "weights": FLOAT}
+    for name in ("float-quantized", "naive-quantized"):
+        groups = parsed(config_groups={"group_0": whole}, format=name)
+        assert layout_of(groups.config_groups["group_0"], groups, "fc") == "float-quantized"
+    groups = parsed(format="naive-quantized")
+    assert layout_of(groups.config_groups["group_0"], groups, "fc") == "int-quantized"
+    for group, name in (
+        (whole, "int-quantized"),
+        (whole, "pack-quantized"),
+        ({**whole, "weights": WEIGHTS}, "float-quantized"),
+    ):
+        groups = parsed(config_groups={"group_0": group}, format=name)
+        with pytest.raises(UnsupportedError, match=f"stored as '{name}' with"):
+            layout_of(groups.config_groups["group_0"], groups, "fc")

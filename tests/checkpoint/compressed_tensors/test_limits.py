@@ -40,7 +40,17 @@ Q_PROJ = r"layer model\.layers\.0\.self_attn\.q_proj "
 
 @pytest.mark.parametrize(
     "scheme",
-    ["w8a8", "w8a8-static", "w8a8-tensor", "w8a16", "w8a16-g128", "w4a16", "w4a16-g64-asym"],
+    [
+        "w8a8",
+        "w8a8-static",
+        "w8a8-tensor",
+        "w8a16",
+        "w8a16-g128",
+        "w4a16",
+        "w4a16-g64-asym",
+        "fp8",
+        "fp8-a16",
+    ],
 )
 def test_vllm_loads(scheme: str, tmp_path: Path) -> None:
     write(quantize_linears(llama(), scheme), tmp_path / "out")
@@ -61,6 +71,18 @@ def test_schemes_that_vllm_does_not_load(scheme: str, pattern: str, tmp_path: Pa
     model = quantize_linears(llama(), scheme)
     refuses(model, Q_PROJ + ".*" + pattern, tmp_path)
     write(model, tmp_path / "out", engine="transformers")
+
+
+def test_float8_in_groups(tmp_path: Path) -> None:
+    grouped = {"weights": {"format": "float8_e4m3fn", "group_size": 32}}
+    model = quantize_linears(llama(), Scheme.model_validate(grouped))
+    refuses(model, Q_PROJ + "is fp8-a16-g32: it takes fp8 with a scale per.*choose fp8", tmp_path)
+    write(model, tmp_path / "out", engine="transformers")
+
+
+def test_float8_has_no_tiles_to_fill(tmp_path: Path) -> None:
+    narrow = llama(hidden_size=192, num_attention_heads=4)
+    write(quantize_linears(narrow, "fp8-a16"), tmp_path / "out")
 
 
 def test_group_size_48(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ptq.checkpoint import CHECKPOINT_FORMATS, assert_same, convert, verify_file
 from ptq.checkpoint.compressed_tensors import read, write
 from ptq.config import Scheme, preset
 from ptq.errors import CheckpointError, PTQError, UnsupportedError
+from ptq.formats import INTEGERS
 from ptq.modules import QuantLinear, quantized_layers
 from tests.helpers import quant_linear, quantize_linears, tiny_bert, tiny_llama, tiny_tokens
 from tests.tiny import tiny_tokenizer
@@ -37,6 +38,10 @@ SCHEMES = (
     "w4a16-g32-asym",
     "w3a16-g32-asym",
     "w5a16-asym",
+    "fp8",
+    "fp8-a16",
+    {"weights": {"format": "float8_e4m3fn", "granularity": "tensor"}},
+    {"weights": {"format": "float8_e4m3fn", "group_size": 16}},
 )
 
 
@@ -55,10 +60,11 @@ def assert_same_codes(a: nn.Module, b: nn.Module) -> None:
         assert zeros[0] is None or torch.equal(*zeros), name
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_there_and_back(tmp_path: Path, scheme: str) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_there_and_back(tmp_path: Path, scheme: str | dict[str, Any]) -> None:
     """ptq to compressed-tensors to ptq: the same bits where scales are kept."""
-    model = quantize_linears(tiny_llama(tied=True, dtype=torch.bfloat16), scheme)
+    wanted = scheme if isinstance(scheme, str) else Scheme.model_validate(scheme)
+    model = quantize_linears(tiny_llama(tied=True, dtype=torch.bfloat16), wanted)
     ptq.save(model, tmp_path / "a", tokenizer=tiny_tokenizer())
     options: dict[str, Any] = {"engine": "transformers", "scales": "keep"}
     assert convert(tmp_path / "a", tmp_path / "ct", "compressed-tensors", **options) == []
@@ -109,9 +115,9 @@ def by_hand(model: nn.Module, directory: Path, names: str = "pack") -> dict[str,
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in layers}
     for name, layer in layers.items():
-        weight, bits = layer.quantized_weight, layer.scheme.weights.int_format.bits
+        weight, bits = layer.quantized_weight, layer.scheme.weights.number_format.bits
         tensors[f"{name}.weight_scale"] = weight.scale
-        if names == "int":
+        if names in ("int", "float"):
             tensors[f"{name}.weight"] = weight.codes
             continue
         tensors[f"{name}.weight_shape"] = torch.tensor(weight.shape)
@@ -139,11 +145,11 @@ def foreign_config(scheme: Scheme, names: str) -> dict[str, Any]:
     """As version 0.19 of the package writes it, every key of it."""
     empty = {
         "actorder": None, "block_structure": None, "observer_kwargs": {}, "scale_dtype": None,
-        "type": "int",
+        "type": "float" if names == "float" else "int",
     }  # fmt: skip
     weights = {
         **empty,
-        "num_bits": scheme.weights.int_format.bits,
+        "num_bits": scheme.weights.number_format.bits,
         "symmetric": scheme.weights.symmetric,
         "strategy": scheme.weights.granularity,
         "group_size": scheme.weights.group_size,
@@ -155,12 +161,17 @@ def foreign_config(scheme: Scheme, names: str) -> dict[str, Any]:
         **empty, "num_bits": 8, "symmetric": True, "strategy": "token", "group_size": None,
         "dynamic": True, "observer": None, "zp_dtype": None,
     }  # fmt: skip
-    fmt = {"pack": "pack-quantized", "int": "int-quantized"}[names]
+    formats = {"pack": "pack-quantized", "int": "int-quantized", "float": "float-quantized"}
+    fmt = (
+        formats[names]
+        if scheme.weights.format in INTEGERS or scheme.activations
+        else "naive-quantized"
+    )
     return {
         "config_groups": {
             "group_0": {
                 "format": fmt,
-                "input_activations": inputs if names == "int" else None,
+                "input_activations": None if scheme.activations is None else inputs,
                 "output_activations": None,
                 "targets": ["Linear"],
                 "weights": weights,
@@ -178,10 +189,22 @@ def foreign_config(scheme: Scheme, names: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16-g32", "w4a16-g32-asym", "w4a16-asym"])
-def test_files_of_another_writer(tmp_path: Path, scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "names"),
+    [
+        ("w8a8", "int"),
+        ("w8a16", "pack"),
+        ("w4a16-g32", "pack"),
+        ("w4a16-g32-asym", "pack"),
+        ("w4a16-asym", "pack"),
+        ("fp8", "float"),
+        ("fp8-a16", "float"),
+    ],
+)
+def test_files_of_another_writer(tmp_path: Path, scheme: str, names: str) -> None:
+    """Float weights alone are called naive-quantized there."""
     model = quantize_linears(tiny_llama(tied=True), scheme)
-    by_hand(model, tmp_path / "theirs", "int" if "a8" in scheme else "pack")
+    by_hand(model, tmp_path / "theirs", names)
     loaded = ptq.load(tmp_path / "theirs")
     assert_same(model, loaded)
     assert torch.equal(model(tiny_tokens()).logits, loaded(tiny_tokens()).logits)
@@ -316,6 +339,15 @@ def test_codes_beyond_their_bits(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "out/model.safetensors")
     with pytest.raises(CheckpointError, match=f"layer {DOWN}: weight has codes beyond 4 bits"):
         ptq.load(tmp_path / "out")
+
+
+def test_float8_codes_that_are_no_numbers(tmp_path: Path) -> None:
+    tensors = by_hand(quantize_linears(tiny_llama(tied=True), "fp8"), tmp_path / "out", "float")
+    for nan in (0x7F, -1):
+        tensors[f"{DOWN}.weight"].view(torch.int8)[3, 5] = nan
+        save_file(tensors, tmp_path / "out/model.safetensors")
+        with pytest.raises(CheckpointError, match=f"layer {DOWN}: weight has codes that are no"):
+            ptq.load(tmp_path / "out")
 
 
 def edit_config(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:

@@ -412,7 +412,7 @@ def test_any_section_is_settings_or_an_error(
 ) -> None:
     base = {"quant_method": method, "bits": 4, "group_size": 32, "sym": True, "dynamic": rule}
     try:
-        found = parse_settings(base | changed, Path("config.json")).of("a.b")
+        found = parse_settings(base | changed, Path("config.json")).of(["a.b"])
     except PTQError as error:
         assert "\n" not in str(error)
     else:
