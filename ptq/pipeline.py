@@ -81,6 +81,7 @@ from ptq.report import (
     record_inputs,
     sizes,
 )
+from ptq.report.page import report_page
 from ptq.report.report import peak_memory_bytes
 from ptq.resume import Work, discard, fingerprint, saving_was_cut_off, work_root
 from ptq.swap import See, quantize_embeddings, quantize_layers
@@ -702,10 +703,9 @@ class _Job:
         assert result.tokens is not None
         self.report.sections["tokens"] = tokens_in_text(result.tokens, data, self.tokenizer)
         self._record_inputs(model, "after")
-        shown = {row["name"] for row in self.report.sections["weights"]["histograms"]}
         texts = pieces(self.tokenizer, data.sequences[0].tolist())
         self.report.sections["inputs"] = inputs_section(
-            self.inputs["before"], self.inputs["after"], shown, texts
+            self.inputs["before"], self.inputs["after"], texts
         )
         if self.config.evaluation is not None and self.config.evaluation.speed:
             self.console.stage("time float against quantized")
@@ -736,7 +736,7 @@ class _Job:
         self.console.say(f"{section.prompt} ...{made.text}")
 
     def finish(self) -> Report:
-        """Write the report beside the weights, and print its summary."""
+        """Write the report beside the weights, as JSON and as a page, and print its summary."""
         self.console.stage("done")
         self.report.sections["notes"] = self.notes
         if self.samples:
@@ -746,7 +746,9 @@ class _Job:
             "peak_memory_bytes": peak_memory_bytes(),
         }
         self.report.write(self.output.dir)
+        page = report_page(self.output.dir)
         if self.work is not None:
             self.work.remove()
         self.console.say(self.report)
+        self.console.say(f"page       {page}")
         return self.report

@@ -328,7 +328,7 @@ class Blockwise:
         return layers
 
     def _original(self, weight: Tensor) -> Tensor:
-        """The float weight as it is now, where somebody asks for it once its layer's has changed."""
+        """The float weight; a copy where somebody asks for it after the layer's has changed."""
         asked = self.recipe.refinements or (self.see is not None and self.recipe.finishes)
         return weight.clone() if asked else weight
 

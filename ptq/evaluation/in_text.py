@@ -13,37 +13,56 @@ _BROKEN = "\ufffd"  # what decoders give for a part of a character
 
 
 def tokens_in_text(
-    found: TokenStatistics, data: TokenSet, tokenizer: Any, *, worst: int = 20, windows: int = 2
+    found: TokenStatistics, data: TokenSet, tokenizer: Any, *, worst: int = 20
 ) -> dict[str, Any]:
     """The tokens where the models differ most, and whole windows with each token's divergence.
 
     Args:
         found: the statistics of a comparison on ``data``.
         worst: how many tokens.
-        windows: how many windows: the one with the largest mean, the one with the median, ...
 
     Returns:
-        For JSON: ``windows`` (index, mean_kl; pieces of text and KL in nats for each token, None
-        for the first, which is not scored) and ``worst`` (largest KL first: the text before, the
-        token that follows there, and what both models held likely instead).
+        For JSON: ``windows``, the one with the median and the one with the largest mean (pieces of
+        text and KL in nats for each token, None for the first, which is not scored); and
+        ``worst``, the largest KL first (the text before, the token that follows there, what both
+        models held likely instead, and how many ``times`` the like was met).
     """
     means = torch.stack([values.mean() for values in found.divergence])
     order = means.argsort(descending=True).tolist()
-    chosen = dict.fromkeys([order[0], order[len(order) // 2], *order])
-    everything = torch.cat(found.divergence)
-    top = everything.topk(min(worst, len(everything))).indices.tolist()
+    shown = {order[len(order) // 2]: "median", order[0]: "largest"}
     return {
         "windows": [
             {
                 "index": index,
+                "why": why,
                 "mean_kl": _short(means[index].item()),
                 "pieces": pieces(tokenizer, data.sequences[index].tolist()),
                 "kl": [None, *map(_short, found.divergence[index].tolist())],
             }
-            for index in sorted(list(chosen)[:windows])
+            for index, why in shown.items()
         ],
-        "worst": [_token(found, data, tokenizer, *_place(found, i)) for i in top],
+        "worst": [
+            {**_token(found, data, tokenizer, window, scored), "times": times}
+            for (window, scored), times in _worst(found, data, worst).items()
+        ],
     }
+
+
+def _worst(found: TokenStatistics, data: TokenSet, count: int) -> dict[tuple[int, int], int]:
+    """Window and place of the scored tokens with the largest divergence, and how many places like
+    it (the same token after the same four) were passed over on the way."""
+    divergence = torch.cat(found.divergence)
+    chosen: dict[tuple[int, ...], tuple[int, int]] = {}
+    times: dict[tuple[int, int], int] = {}
+    for index in divergence.argsort(descending=True, stable=True).tolist():
+        window, scored = _place(found, index)
+        end = scored + 2  # the first token is not scored
+        same = tuple(data.sequences[window][max(0, end - 5) : end].tolist())
+        if same not in chosen and len(chosen) == count:
+            break
+        place = chosen.setdefault(same, (window, scored))
+        times[place] = times.get(place, 0) + 1
+    return times
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:

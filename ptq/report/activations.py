@@ -1,7 +1,7 @@
 """What the layers of a model read, on some text: sizes, outlier channels and tokens, the grid."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,26 +62,38 @@ def record_inputs(
 def inputs_section(
     before: dict[str, dict[str, Any]],
     after: dict[str, dict[str, Any]],
-    histograms: Collection[str],
     texts: Sequence[str],
+    histograms: int = 12,
 ) -> list[dict[str, Any]]:
     """For JSON, a row for each layer.
 
     Args:
         before, after: of :func:`record_inputs`, for the float and the quantized model.
-        histograms: names of the layers that keep the counts of magnitudes.
         texts: of the window's tokens.
+        histograms: so many layers keep the counts of magnitudes: those with the farthest outliers,
+            one for all that read the same tensor.
     """
+    kept = _farthest(before, histograms)
     made = []
     for name, seen in before.items():
         row = {"name": name, **seen}
         if "largest_token" in row:
             row["largest_token_text"] = texts[row["largest_token"]]
-        row |= {key: after.get(name, {})[key] for key in _GRID if key in after.get(name, {})}
-        if name not in histograms:
+        row |= {key: value for key, value in after.get(name, {}).items() if key in _GRID}
+        if name not in kept:
             row = {key: value for key, value in row.items() if key not in ("magnitudes", "after")}
         made.append(row)
     return made
+
+
+def _farthest(seen: dict[str, dict[str, Any]], most: int) -> list[str]:
+    """Layers by how far their largest channel is above the median one."""
+    first: dict[str, tuple[float, str]] = {}
+    for name, found in seen.items():
+        if found.get("median_channel_absmax"):
+            ratio = found["absmax"] / found["median_channel_absmax"]
+            first.setdefault(str(found["largest_channels"]), (ratio, name))
+    return [name for _, name in sorted(first.values(), reverse=True)[:most]]
 
 
 def _sizes(x: Tensor) -> dict[str, Any]:
