@@ -66,6 +66,7 @@ def as_time(seconds: float, digits: int) -> str:
 KINDS: dict[str, Callable[[Any, int], str]] = {
     "number": lambda v, d: f"{v:,.{d}f}",
     "count": lambda v, d: f"{v:,}",
+    "id": lambda v, d: str(v),
     "short": as_short,
     "percent": lambda v, d: f"{100 * v:.{d}f}\u00a0%",
     "share": lambda v, d: f"{as_short(100 * v, d)}\u00a0%",

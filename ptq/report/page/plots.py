@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 320, 120  # of a small plot, in its own units
-_TOP = 8
+_TOP = 14  # room for a word
 
 
 @dataclass(frozen=True)
