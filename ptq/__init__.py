@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ptq.pipeline import quantize, run
     from ptq.planning import plan
     from ptq.report import explain
+    from ptq.report.page import report_page
     from ptq.swap import dequantize
     from ptq.tuning import tune
 
@@ -71,6 +72,7 @@ _HOME = {
     "plan": "ptq.planning",
     "quantize": "ptq.pipeline",
     "quantize_cache": "ptq.kv_cache",
+    "report_page": "ptq.report.page",
     "run": "ptq.pipeline",
     "save": "ptq.checkpoint",
     "tune": "ptq.tuning",
@@ -98,6 +100,7 @@ __all__ = [
     "plan",
     "quantize",
     "quantize_cache",
+    "report_page",
     "run",
     "save",
     "tune",

@@ -318,6 +318,11 @@ class EvaluationConfig(Section):
     column: str | None = None
     windows: Annotated[int, Field(ge=1)] = Field(16, description="windows scored at most")
     context: Annotated[int, Field(ge=2)] = Field(512, description="tokens a window")
+    speed: bool = Field(
+        False,
+        description="time both models, taking turns; loads the float model again for it, so "
+        "memory holds both",
+    )
 
 
 def _text_from_source(value: Any) -> Any:

@@ -38,11 +38,15 @@ from ptq.config import (
 )
 from ptq.errors import CalibrationError, ConfigError, ModelError
 from ptq.evaluation import (
+    Evaluation,
     ReferenceLogits,
     compare,
     encode_prompt,
+    pieces,
+    race,
     require_generation,
     sample,
+    tokens_in_text,
 )
 from ptq.kv_cache import check_cache, quantize_cache
 from ptq.model import (
@@ -67,10 +71,20 @@ from ptq.modules import share_inputs
 from ptq.observers import make_observer
 from ptq.planning import Plan, plan
 from ptq.recipe import Recipe, make_recipe
-from ptq.report import Console, Report, environment, explain
+from ptq.report import (
+    Console,
+    Report,
+    WeightRecorder,
+    environment,
+    explain,
+    inputs_section,
+    record_inputs,
+    sizes,
+)
+from ptq.report.page import report_page
 from ptq.report.report import peak_memory_bytes
 from ptq.resume import Work, discard, fingerprint, saving_was_cut_off, work_root
-from ptq.swap import quantize_embeddings, quantize_layers
+from ptq.swap import See, quantize_embeddings, quantize_layers
 
 _REMEDIES_SHOWN = 5  # the report has all
 
@@ -137,6 +151,7 @@ def _quantize(
     console: Console,
     streamed: StreamedModel | None = None,
     store: Work | None = None,
+    see: See | None = None,
 ) -> QuantizationResult:
     """As :func:`quantize`.
 
@@ -144,6 +159,7 @@ def _quantize(
         streamed: fills the model's blocks, where they have no weights yet; bad weights are then
             found block by block.
         store: has what is finished, and gets it.
+        see: told about each layer's weight and codes.
     """
     start = time.perf_counter()
     made = plan(model, config)
@@ -157,9 +173,9 @@ def _quantize(
         check_finite(model)
     with unfolded(model, made.schemes):
         statistics, work = _carry_out(
-            model, made, recipe, config, calibration, console, streamed, store
+            model, made, recipe, config, calibration, console, streamed, store, see
         )
-    quantize_embeddings(model, made.embeddings, made.sharing)
+    quantize_embeddings(model, made.embeddings, made.sharing, see)
     if config.kv_cache is not None:
         quantize_cache(model, config.kv_cache)
     checkpoint.declare_quantized(model)
@@ -185,6 +201,7 @@ def _carry_out(
     console: Console,
     streamed: StreamedModel | None,
     store: Work | None,
+    see: See | None,
 ) -> tuple[dict[str, LayerStatistics], Blockwise | None]:
     """Quantize the linear layers of an unfolded model."""
     statistics: dict[str, LayerStatistics] = {}
@@ -198,12 +215,14 @@ def _carry_out(
         placed = None
         if store is not None and store.streams:
             placed = _puts_out(model, made.schemes, store)
-        quantize_layers(model, made.schemes, statistics, quantize, bar, fill_layer, placed)
+        quantize_layers(model, made.schemes, statistics, quantize, bar, fill_layer, placed, see)
     else:
         assert calibration is not None
         console.stage_name = f"quantize ({recipe})"
         fill = None if streamed is None else streamed.fill
-        work = _quantize_blockwise(model, made, recipe, config, calibration, console, fill, store)
+        work = _quantize_blockwise(
+            model, made, recipe, config, calibration, console, fill, store, see
+        )
         if streamed is not None:
             for name in work.restored:
                 streamed.drop(name)
@@ -243,11 +262,12 @@ def _quantize_blockwise(
     console: Console,
     fill: Callable[[str], None] | None,
     store: Work | None,
+    see: See | None,
 ) -> Blockwise:
     """Carry out a recipe that looks at data."""
     observer = _observer(config)
     seed = 0 if config.calibration is None else config.calibration.seed
-    work = Blockwise(model, made.schemes, recipe, observer, seed, fill, store)
+    work = Blockwise(model, made.schemes, recipe, observer, seed, fill, store, see)
     work.run(calibration, console.bar("block"))
     share_inputs(model)
     return work
@@ -367,6 +387,8 @@ class _Job:
     evaluation: TokenSet | None = field(default=None, init=False)
     prompt: Tensor | None = field(default=None, init=False)
     samples: dict[str, Any] = field(default_factory=dict, init=False)
+    weights: WeightRecorder = field(default_factory=WeightRecorder, init=False)
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     notes: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -406,6 +428,7 @@ class _Job:
         if self.model_section.stream:
             self._check_streaming()
         self.report.sections["plan"] = self.plan.to_dict()
+        self.report.sections["size"] = sizes(self.plan)
         self.console.say(self.plan.table(full))
         if self.config.kv_cache is not None:
             self.console.say(f"key-value cache: {self.config.kv_cache}")
@@ -583,7 +606,14 @@ class _Job:
         if self.evaluation is not None:
             self.console.stage("evaluate float")
             reference.record(model, self.evaluation.sequences, self.console.bar("window"))
+            self._record_inputs(model, "before")
         self._sample(model, "float")
+
+    def _record_inputs(self, model: nn.Module, when: str) -> None:
+        """What the layers read of the first window."""
+        assert self.evaluation is not None
+        found = record_inputs(model, self.plan.schemes, self.evaluation.sequences[0])
+        self.inputs[when] = found
 
     def quantize(self, model: nn.Module) -> None:
         """Calibrate and quantize in place; what stays float gets the output's dtype."""
@@ -591,7 +621,11 @@ class _Job:
         data = None
         if self.calibration is not None:
             data = _calibration_batches(self.config, self.recipe, self.calibration, self.tokenizer)
-        result = _quantize(model, self.config, data, None, self.console, self.streamed, self.work)
+        see = self.weights.see
+        result = _quantize(
+            model, self.config, data, None, self.console, self.streamed, self.work, see
+        )
+        self.report.sections["weights"] = self.weights.to_dict()
         cast_parameters(model, self._dtype())
         self.report.sections["recipe"] = {
             "steps": list(self.recipe.names),
@@ -663,8 +697,25 @@ class _Job:
             result = compare(model, self.evaluation, reference, progress=bar)
             self.report.sections["evaluation"] = result.to_dict()
             self.console.say(result)
+            self._look_closer(model, result, self.evaluation)
             self._measure_cache(model, self.evaluation, reference)
         self._sample(model, "quantized")
+
+    def _look_closer(self, model: nn.Module, result: Evaluation, data: TokenSet) -> None:
+        """Which tokens came out differently, what the layers read, and what it takes of time."""
+        assert result.tokens is not None
+        self.report.sections["tokens"] = tokens_in_text(result.tokens, data, self.tokenizer)
+        self._record_inputs(model, "after")
+        texts = pieces(self.tokenizer, data.sequences[0].tolist())
+        self.report.sections["inputs"] = inputs_section(
+            self.inputs["before"], self.inputs["after"], texts
+        )
+        if self.config.evaluation is not None and self.config.evaluation.speed:
+            self.console.stage("time float against quantized")
+            rival = load_model(self.source, bars=False)
+            cast_parameters(rival, self._dtype())
+            bar = self.console.bar("turn")
+            self.report.sections["speed"] = race(rival, model, data.sequences[0], progress=bar)
 
     def _measure_cache(self, model: nn.Module, data: TokenSet, reference: ReferenceLogits) -> None:
         """The same comparison through the quantized cache, and its bytes."""
@@ -688,7 +739,7 @@ class _Job:
         self.console.say(f"{section.prompt} ...{made.text}")
 
     def finish(self) -> Report:
-        """Write the report beside the weights, and print its summary."""
+        """Write the report beside the weights, as JSON and as a page, and print its summary."""
         self.console.stage("done")
         self.report.sections["notes"] = self.notes
         if self.samples:
@@ -698,7 +749,9 @@ class _Job:
             "peak_memory_bytes": peak_memory_bytes(),
         }
         self.report.write(self.output.dir)
+        page = report_page(self.output.dir)
         if self.work is not None:
             self.work.remove()
         self.console.say(self.report)
+        self.console.say(f"page       {page}")
         return self.report

@@ -23,6 +23,8 @@ from ptq.modules import QuantEmbedding, QuantLinear, quantized_modules, share_in
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 Quantize = Callable[[Tensor, WeightScheme], QuantizedWeight]
+See = Callable[[str, Tensor, QuantizedWeight], None]
+"""Told about a layer's name, its float weight [N, K], and the codes for it."""
 
 
 def quantize_layers(
@@ -33,6 +35,7 @@ def quantize_layers(
     progress: Progress = iter,
     fill: Callable[[str], None] | None = None,
     placed: Callable[[str], None] | None = None,
+    see: See | None = None,
 ) -> None:
     """Replace the named ``nn.Linear`` layers by :class:`QuantLinear`, in place, one at a time.
 
@@ -42,6 +45,7 @@ def quantize_layers(
         quantize: makes the codes of a weight [N, K].
         fill: called with a layer's name right before its weight is read, to put it there.
         placed: called with a layer's name once its :class:`QuantLinear` is in place.
+        see: called before that, while the float weight is there still.
 
     Raises:
         CalibrationError: a static scheme has no statistics.
@@ -52,6 +56,8 @@ def quantize_layers(
         if fill is not None:
             fill(name)
         weight = _quantized(model, name, schemes[name], statistics, quantize)
+        if see is not None:
+            see(name, _weight_of(model, name), weight)
         place(model, name, weight, schemes[name], alone=name not in shared)
         if name in tied:
             _untie(model)
@@ -60,14 +66,24 @@ def quantize_layers(
     share_inputs(model)
 
 
+def _weight_of(model: nn.Module, name: str) -> Tensor:
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
 def quantize_embeddings(
-    model: nn.Module, schemes: Mapping[str, Scheme], sharing: Mapping[str, str]
+    model: nn.Module,
+    schemes: Mapping[str, Scheme],
+    sharing: Mapping[str, str],
+    see: See | None = None,
 ) -> None:
     """Replace the named ``nn.Embedding`` layers by :class:`QuantEmbedding`, in place.
 
     Args:
         sharing: output heads, each with the embedding whose weight it shares: they become
             :class:`QuantLinear` layers over the same codes.
+        see: as in :func:`quantize_layers`.
     """
     for name, scheme in schemes.items():
         old = model.get_submodule(name)
@@ -76,6 +92,8 @@ def quantize_embeddings(
             weight = round_to_nearest(old.weight, scheme.weights)
         except PTQError as error:
             raise type(error)(f"layer {name}: {error}") from None
+        if see is not None:
+            see(name, old.weight.detach(), weight)
         new = QuantEmbedding(weight, scheme, old.weight.dtype, old.padding_idx)
         for head in (head for head, owner in sharing.items() if owner == name):
             linear = model.get_submodule(head)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptq.algorithms import with_static_input
 from ptq.blockwise.keep import Keeper, empty
@@ -34,7 +34,7 @@ from ptq.modules import (
 )
 from ptq.recipe import Recipe
 from ptq.refine import BlockJob, DistillJob, LayerState, quantized_inputs
-from ptq.swap import place
+from ptq.swap import See, place
 from ptq.transforms import find_groups
 
 
@@ -51,6 +51,8 @@ class Blockwise:
             they are quantized; a block that stays float keeps them.
         store: keeps finished blocks, and how far the run is; what it has already is not done
             again. Where it ``streams``, a finished block's tensors are on the meta device.
+        see: told about each layer that this run quantizes, with the float weight that its codes
+            stand for, which is the transformed one.
 
     ``notes`` say what each step did; ``remedies`` where a step could not do what it should, and
     what was done instead; ``restored`` are the blocks that the store had.
@@ -63,6 +65,7 @@ class Blockwise:
     seed: int = 0
     fill: Callable[[str], None] | None = None
     store: Store | None = None
+    see: See | None = None
     notes: list[str] = field(default_factory=list, init=False)
     remedies: list[str] = field(default_factory=list, init=False)
     done: set[str] = field(default_factory=set, init=False)
@@ -221,6 +224,7 @@ class Blockwise:
         for step, options in self.recipe.finishes:
             job = DistillJob(self.model, self.waiting, batches, exact, self.seed)
             self.notes += step.finish(job, options, progress)
+        self._show_codes("", self._fresh(self.waiting))
         self._place("", self.waiting)
         self.waiting.clear()
 
@@ -250,6 +254,7 @@ class Blockwise:
             job = BlockJob(block, position, layers, stream, exact.hidden, self.seed + position)
             for step, options in self.recipe.refinements:
                 self.notes += [f"{name}: {note}" for note in step.refine(job, options)]
+            self._show_codes(f"{name}.", layers)
         with quantized_inputs(layers):
             advance(stream, position, block)
         self._settle(name, layers)
@@ -318,9 +323,24 @@ class Blockwise:
             except PTQError as error:
                 raise type(error)(f"layer {name}: {error}") from None
             self.remedies += [f"{name}: {note}" for note in outcome.notes]
-            original = weight.clone() if self.recipe.refinements else weight
-            layers[key] = LayerState(linear, original, schemes[key], codes)
+            layers[key] = LayerState(linear, self._original(weight), schemes[key], codes)
+        self._show_codes(prefix, layers)
         return layers
+
+    def _original(self, weight: Tensor) -> Tensor:
+        """The float weight; a copy where somebody asks for it after the layer's has changed."""
+        asked = self.recipe.refinements or (self.see is not None and self.recipe.finishes)
+        return weight.clone() if asked else weight
+
+    def _show_codes(self, prefix: str, layers: Mapping[str, LayerState]) -> None:
+        if self.see is not None:
+            for key, state in layers.items():
+                self.see(f"{prefix}{key}", state.original, state.weight)
+
+    def _fresh(self, layers: Mapping[str, LayerState]) -> dict[str, LayerState]:
+        """Those of this run: what the store had comes without its float weight."""
+        starts = tuple(f"{block}." for block in self.restored)
+        return {k: state for k, state in layers.items() if not k.startswith(starts)}
 
     def _place(self, prefix: str, layers: Mapping[str, LayerState]) -> None:
         shared = shared_modules(self.model)

@@ -1,8 +1,8 @@
 """The empty model that a config.json describes, whoever wrote the file.
 
 transformers builds whatever a config says: a billion blocks, a layer of 10^30 columns, a class
-whose code is to be fetched. So nothing is fetched or run, what is not a number where one is needed is an
-error of one line, and building stops where the model has more parameters than the files could hold.
+whose code is to be fetched. So nothing is fetched or run, what is not a number where one is needed
+is an error of one line, and building stops where the model has more parameters than the files could hold.
 """
 
 import threading

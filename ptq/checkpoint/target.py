@@ -9,7 +9,10 @@ from ptq.checkpoint.manifest_read import read_manifest
 from ptq.errors import CheckpointError
 
 REPORT = "report.json"
-"""What a run adds to a checkpoint afterwards."""
+PAGE = "report.html"
+"""What a run adds to a checkpoint afterwards, and what is drawn from that."""
+BESIDE = ("diagnosis.json", "search.json")
+"""What a diagnosis and a search may add."""
 
 
 def check_target(directory: str | Path, overwrite: bool, needed_bytes: int) -> Path:
@@ -66,7 +69,7 @@ def _check_only_ours(target: Path) -> None:
     """Overwriting removes the directory: nothing may be in it that ptq did not write."""
     manifest = read_manifest(target)
     known = {*manifest.files, *(entry.shard for entry in manifest.tensors.values())}
-    known |= {MANIFEST, INDEX, REPORT}
+    known |= {MANIFEST, INDEX, REPORT, PAGE, *BESIDE}
     try:
         paths = sorted(target.rglob("*"))
     except OSError as error:

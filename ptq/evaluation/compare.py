@@ -151,10 +151,17 @@ def _result(found: TokenStatistics, protocol: Protocol, cache: CacheSize | None)
         ratio_low=low,
         ratio_high=high,
         kl_mean=divergence.mean().item(),
+        kl_p50=_percentile(divergence, 0.5),
+        kl_p90=_percentile(divergence, 0.9),
+        kl_p95=_percentile(divergence, 0.95),
         kl_p99=_percentile(divergence, 0.99),
+        kl_p999=_percentile(divergence, 0.999),
+        kl_max=divergence.max().item(),
         top1_agreement=torch.cat(found.agreement).double().mean().item(),
+        top5_agreement=torch.cat(found.top_agreement).double().mean().item(),
         protocol=protocol,
         cache=cache,
+        tokens=found,
     )
 
 

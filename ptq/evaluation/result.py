@@ -2,9 +2,10 @@
 
 import html
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ptq.evaluation.statistics import TokenStatistics
 from ptq.kv_cache import CacheSize
 
 
@@ -38,9 +39,13 @@ class Evaluation:
 
     Args:
         ratio: quantized over float perplexity, with its 95% confidence interval.
-        kl_mean, kl_p99: KL(float || quantized) in nats, over the scored tokens.
+        kl_mean, kl_p50 ... kl_p999, kl_max: KL(float || quantized) in nats, over the scored
+            tokens: its mean, percentiles (p999 is the 99.9th) and maximum.
         top1_agreement: share of tokens where both models rank the same token first.
+        top5_agreement: share of the float model's five likeliest tokens that are among the
+            quantized one's five, over the scored tokens.
         cache: what the quantized cache held at the end of a window; None if none was read.
+        tokens: what was measured of each token; not part of :meth:`to_dict`.
     """
 
     float_perplexity: float
@@ -49,14 +54,22 @@ class Evaluation:
     ratio_low: float
     ratio_high: float
     kl_mean: float
+    kl_p50: float
+    kl_p90: float
+    kl_p95: float
     kl_p99: float
+    kl_p999: float
+    kl_max: float
     top1_agreement: float
+    top5_agreement: float
     protocol: Protocol
     cache: CacheSize | None = None
+    tokens: TokenStatistics | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity: an interval without an upper end has None there."""
-        found = asdict(self)
+        found = asdict(replace(self, tokens=None))
+        del found["tokens"]
         found["ratio_high"] = self.ratio_high if math.isfinite(self.ratio_high) else None
         return _with_cache(found, self.cache)
 
@@ -67,8 +80,11 @@ class Evaluation:
             (f"perplexity, quantized ({p.dtype})", f"{self.quantized_perplexity:.3f}"),
             ("ratio [95%]", f"{self.ratio:.4f} [{self.ratio_low:.4f}, {self.ratio_high:.4f}]"),
             ("KL divergence, mean", f"{self.kl_mean:.5f} nats"),
+            ("KL divergence, median", f"{self.kl_p50:.5f} nats"),
             ("KL divergence, 99th percentile", f"{self.kl_p99:.4f} nats"),
+            ("KL divergence, largest", f"{self.kl_max:.4f} nats"),
             ("top-1 agreement", f"{100 * self.top1_agreement:.2f}%"),
+            ("top-5 agreement", f"{100 * self.top5_agreement:.2f}%"),
             ("tokens scored", f"{p.tokens_scored:,} in {p.windows} windows of {p.context}"),
             *_cache_row(self.cache),
         ]

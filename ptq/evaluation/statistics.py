@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # neighbouring tokens that count as one observation
+TOP = 5  # likeliest tokens that are remembered
 _ROWS = 64  # rows of float32 probabilities that exist at a time
 
 
@@ -23,7 +24,10 @@ class TokenStatistics:
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self._lengths = list(lengths)
-        self._values = torch.full((4, sum(self._lengths)), torch.nan)
+        total = sum(self._lengths)
+        self._values = torch.full((5, total), torch.nan)
+        self._top_ids = torch.full((2, total, TOP), -1, dtype=torch.int32)
+        self._top_probabilities = torch.full((2, total, TOP), torch.nan)
         self._filled = 0
 
     def add(self, reference: Tensor, logits: Tensor, targets: Tensor) -> None:
@@ -36,13 +40,25 @@ class TokenStatistics:
             p = reference[rows].float().log_softmax(-1)
             q = logits[rows].float().log_softmax(-1)
             target = targets[rows, None]
-            found = self._values[:, self._filled : self._filled + len(target)]
+            places = slice(self._filled, self._filled + len(target))
+            found = self._values[:, places]
             found[0] = -p.gather(1, target)[:, 0]
             found[1] = -q.gather(1, target)[:, 0]
             # The sum is not negative but for rounding.
             found[2] = (p.exp() * (p - q)).sum(-1).clamp(min=0)
             found[3] = p.argmax(-1) == q.argmax(-1)
+            found[4] = self._add_top(places, p, q)
             self._filled += len(target)
+
+    def _add_top(self, places: slice, p: Tensor, q: Tensor) -> Tensor:
+        """Remember the likeliest tokens of both; returns the share of p's that q has as well."""
+        count = min(TOP, p.shape[1])
+        for side, log_probabilities in enumerate((p, q)):
+            values, ids = log_probabilities.topk(count)
+            self._top_ids[side, places, :count] = ids.int()
+            self._top_probabilities[side, places, :count] = values.exp()
+        both = self._top_ids[:, places, :count]
+        return (both[0, :, :, None] == both[1, :, None, :]).any(-1).float().mean(-1)
 
     @property
     def float_nll(self) -> tuple[Tensor, ...]:
@@ -61,6 +77,24 @@ class TokenStatistics:
     def agreement(self) -> tuple[Tensor, ...]:
         """1 where both rank the same token first, else 0."""
         return torch.split(self._values[3], self._lengths)
+
+    @property
+    def top_agreement(self) -> tuple[Tensor, ...]:
+        """Share of the float model's five likeliest tokens that are among the quantized one's."""
+        return torch.split(self._values[4], self._lengths)
+
+    def likeliest(self, window: int) -> list[list[list[tuple[int, float]]]]:
+        """Token id and probability of the likeliest tokens, by model (float, quantized) and
+        scored token of a window; fewer than five where the vocabulary has no more."""
+        ids = torch.split(self._top_ids, self._lengths, 1)[window].tolist()
+        shares = torch.split(self._top_probabilities, self._lengths, 1)[window].tolist()
+        return [
+            [
+                [pair for pair in zip(*token, strict=True) if pair[0] >= 0]
+                for token in zip(ids[side], shares[side], strict=True)
+            ]
+            for side in range(2)
+        ]
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers.normalizers import Strip
@@ -72,8 +73,15 @@ def test_divergence_and_agreement_against_torch_distributions() -> None:
     exact = torch.distributions.kl_divergence(categorical(logits=p), categorical(logits=q))
     result = compare(other, data, model)
     assert result.kl_mean == pytest.approx(exact.mean().item(), rel=1e-5)
-    rank = math.ceil(0.99 * len(exact))
-    assert result.kl_p99 == pytest.approx(exact.sort().values[rank - 1].item(), rel=1e-5)
+    shares = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999, "max": 1.0}
+    for name, share in shares.items():
+        expected = np.quantile(exact, share, method="inverted_cdf")
+        assert getattr(result, f"kl_{name}") == pytest.approx(expected, rel=1e-5), name
+    five = [
+        len({*a.argsort()[-5:].tolist()} & {*b.argsort()[-5:].tolist()}) / 5
+        for a, b in zip(p, q, strict=True)
+    ]
+    assert result.top5_agreement == pytest.approx(sum(five) / len(five), rel=1e-6)
     agreement = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
     assert result.top1_agreement == agreement
     assert result.ratio == pytest.approx(result.quantized_perplexity / result.float_perplexity)
@@ -84,7 +92,17 @@ def test_a_model_against_itself() -> None:
     assert result.ratio == 1
     assert result.ratio_low == result.ratio_high == 1
     assert result.kl_mean == 0
-    assert result.top1_agreement == 1
+    assert result.top1_agreement == result.top5_agreement == 1
+
+
+def test_a_vocabulary_of_less_than_five_tokens() -> None:
+    p, q = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+    statistics = TokenStatistics([1])
+    statistics.add(p, q, torch.tensor([1]))
+    assert statistics.top_agreement[0].tolist() == [1.0]
+    (mine,), (other,) = statistics.likeliest(0)
+    assert [token for token, _ in mine] == [2, 1, 0] and [t for t, _ in other] == [0, 1, 2]
+    assert sum(share for _, share in mine) == pytest.approx(1)
 
 
 def test_damage_shows() -> None:
@@ -219,7 +237,10 @@ def test_results_print_and_serialise() -> None:
     assert isinstance(result, Evaluation)
     assert "ratio [95%]" in str(result)
     assert "<table>" in result._repr_html_()
-    assert result.to_dict()["protocol"]["tokens_sha256"] == "abc"
+    found = result.to_dict()
+    assert found["protocol"]["tokens_sha256"] == "abc"
+    assert "tokens" not in found and "cache" not in found
+    json.dumps(found)
 
 
 def test_sample_gives_new_tokens_only() -> None:
