@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from ptq.algorithms import round_to_nearest, with_static_input
 from ptq.calibrate import LayerStatistics, TokenSet
 from ptq.config import Scheme, WeightScheme
-from ptq.core import QuantizedWeight, Rotation
+from ptq.core import QuantizedWeight
 from ptq.errors import CalibrationError, ConfigError, PTQError
 from ptq.model import unfolded
-from ptq.sensitivity.change import Part, change_of
+from ptq.sensitivity.change import InputSpace, Part, change_of
 from ptq.sensitivity.distance import Measure
 from ptq.sensitivity.in_place import InPlace
 
@@ -143,10 +143,9 @@ def _quantized(
     quantize: Quantize,
 ) -> QuantizedWeight:
     """Codes of the weight [N, K], rotated where the scheme rotates, and the static input scale."""
-    if scheme.input_rotation is not None:
-        weight = Rotation.of(weight.shape[1]).weight(weight.float())
+    space = InputSpace.of(scheme, weight.shape[1])
     try:
-        made = quantize(weight, scheme.weights)
+        made = quantize(weight if space.plain else space.weight(weight), scheme.weights)
     except PTQError as error:
         raise type(error)(f"layer {name}: {error}") from None
     if not _is_static(scheme):

@@ -1,7 +1,6 @@
 """A float model that runs again and again with some layers changed, from the first of them on."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -146,12 +145,19 @@ class InPlace:
         tail.hidden[index] = hidden
         return outputs_after_blocks(self.model, tail, self.batches[index], index)
 
-    @contextmanager
-    def stream_at(self, position: int) -> Iterator[BlockStream]:
-        """The float model's stream as it enters a block; a copy, whose tensors are shared."""
+    def distance_of(self, model: nn.Module) -> float:
+        """Of another model of the same inputs and outputs."""
+        total = 0.0
+        with eval_mode(model), torch.no_grad():
+            for index, batch in enumerate(self.batches):
+                total += self._distances.of(call(model, batch, index), index)
+        return total / self._distances.size
+
+    def stream_at(self, position: int) -> BlockStream:
+        """The float model's stream as it enters a block (or is behind the last one); a copy whose
+        tensors are shared. Only of a chain."""
         assert self.chain is not None
-        with eval_mode(self.model), torch.no_grad():
-            yield replace(self.chain, hidden=list(self._kept[position]))
+        return replace(self.chain, hidden=list(self._kept[position]))
 
 
 def _head(model: nn.Module) -> nn.Module | None:
