@@ -31,7 +31,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--data", nargs="+", default=[], help="text (default: the recipe's evaluation data)"
     )
     parser.add_argument("--layers", default="*", metavar="GLOB", help="those to measure")
-    parser.add_argument("--windows", type=positive, default=4, help="of text (default: 4)")
+    parser.add_argument("--windows", type=positive, default=2, help="of text (default: 2)")
     parser.add_argument(
         "--context", type=positive, default=128, help="tokens a window (default: 128)"
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ptq.algorithms import round_to_nearest
 from ptq.calibrate import inputs_of, inputs_of_model
 from ptq.diagnosis.ranges import Limits, input_limits
 from ptq.diagnosis.suspect import Suspect, decibels
@@ -40,6 +41,8 @@ class InputFindings:
             beyond it); None where the range is dynamic, or the input float.
         channels: the outliers, the largest first.
         rows: tokens seen.
+        excess: float [N], the squared error that the weights alone make in each output channel,
+            relative to that of the same weight rounded to nearest; infinite where no row was seen.
     """
 
     sqnr_db: float | None
@@ -48,6 +51,7 @@ class InputFindings:
     used: float | None
     channels: tuple[Channel, ...]
     rows: int
+    excess: Tensor = field(repr=False)
 
 
 @dataclass(eq=False)
@@ -63,6 +67,10 @@ class _Seen:
     largest: Tensor | None = None
     low: float = 0.0
     high: float = 0.0
+    errors: Tensor = field(init=False)  # float64 [2, N]: by the weights alone, and rounded anew
+
+    def __post_init__(self) -> None:
+        self.errors = torch.zeros(2, self.suspect.layer.out_features, dtype=torch.float64)
 
     def update(self, rows: Tensor) -> None:
         if rows.shape[0] == 0:
@@ -82,6 +90,10 @@ class _Seen:
             ("dy", made - exact),
         ):
             e[key] += value.square().sum().item()
+        nearest = round_to_nearest(self.suspect.target, layer.scheme.weights).dequantize()
+        for place, tried in enumerate((weight.dequantize(), nearest)):
+            error = nn.functional.linear(inside, tried - self.suspect.target)
+            self.errors[place] += error.square().sum(0).cpu()
         if self.limits is not None:
             e["outside"] += self.limits.outside(inside).sum().item()
         found = inside.abs().amax(0)
@@ -102,7 +114,14 @@ class _Seen:
             self._used(),
             () if self.largest is None else outliers(self.largest, ratio),
             self.rows,
+            self._excess(),
         )
+
+    def _excess(self) -> Tensor:
+        if self.rows == 0:
+            return torch.full_like(self.errors[0], torch.inf)
+        # A channel that happens to have next to none counts as the mean one.
+        return self.errors[0] / torch.maximum(self.errors[1], 0.1 * self.errors[1].mean())
 
     def _used(self) -> float | None:
         if self.limits is None or self.rows == 0:

@@ -32,7 +32,7 @@ class Request:
     reference: str | None = None
     data: Sequence[str] = ()
     layers: str = "*"
-    windows: int = 4
+    windows: int = 2
     context: int = 128
     top: int = 5
     device: str = "cpu"

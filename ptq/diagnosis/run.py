@@ -40,7 +40,7 @@ def diagnose(
     *,
     tokenizer: Any = None,
     layers: str = "*",
-    windows: int = 4,
+    windows: int = 2,
     context: int = 128,
     top: int = 5,
     calibration: Iterable[Any] | None = None,
@@ -142,7 +142,7 @@ class _Work:
     def layers(self, top: int) -> list[LayerDiagnosis]:
         """Every layer, the worst first."""
         self.seen = watch_inputs(self.in_place, self.suspects, _CHANNEL_RATIO)
-        weights = {name: examine(s) for name, s in self.suspects.items()}
+        weights = {n: examine(s, self.seen[n].excess) for n, s in self.suspects.items()}
         runs = sum(self._runs(name, weights[name]) for name in self.suspects)
         tried = min(top, len(self.suspects)) * _ATTEMPTS
         self.console.say(
