@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from planted import PLANTED, Planted, inject_behind_norm, inject_outlier
 from torch import Tensor, nn
 
 from ptq.diagnosis import Diagnosis, diagnose
 from ptq.pipeline import quantize
 from ptq.report import Console
-from tests.diagnosis.planted import PLANTED, Planted, inject_behind_norm, inject_outlier
 from tests.helpers import tiny_llama
 
 
