@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ptq.checkpoint import load, save
     from ptq.compilation import compile_model as compile
     from ptq.config import QuantizationConfig, Scheme, load_config
+    from ptq.diagnosis import diagnose
     from ptq.errors import (
         CalibrationError,
         CheckpointError,
@@ -64,6 +65,7 @@ _HOME = {
     "UnsupportedError": "ptq.errors",
     "compile": "ptq.compilation",
     "dequantize": "ptq.swap",
+    "diagnose": "ptq.diagnosis",
     "evaluate": "ptq.evaluation",
     "explain": "ptq.report",
     "load": "ptq.checkpoint",
@@ -92,6 +94,7 @@ __all__ = [
     "UnsupportedError",
     "compile",
     "dequantize",
+    "diagnose",
     "evaluate",
     "explain",
     "load",

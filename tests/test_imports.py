@@ -17,14 +17,14 @@ RANKS = {
     "modules": 5, "kv_cache": 5,
     "calibrate": 6, "algorithms": 6,
     "transforms": 7, "refine": 7, "swap": 7, "planning": 7,
-    "recipe": 8,
+    "recipe": 8, "sensitivity": 8,
     "blockwise": 9,
     "checkpoint": 10, "evaluation": 10, "compilation": 10,
     "compiled_step": 9, "common_subexpressions": 8, "compiled_regions": 8, "likeness": 7,
     "report": 11, "resume": 11, "huggingface": 11,
     "tuning_cache": 12,
     "pipeline": 13, "tuning": 13,
-    "command": 14,
+    "command": 14, "diagnosis": 14,
 }  # fmt: skip
 HEAVY = ("datasets", "matplotlib", "transformers", "pandas")
 
