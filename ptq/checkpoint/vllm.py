@@ -53,7 +53,7 @@ def check_vllm(model: nn.Module, layers: Mapping[str, QuantLinear], loads: Loads
         if problem is not None:
             raise _vllm(name, *problem)
     _check_experts(model)
-    fused = list(_fused(model))
+    fused = list(fused_layers(model))
     for names in fused:
         _check_alike(model, names)
     together = {name for names in fused for name in names}
@@ -115,7 +115,7 @@ def _check_experts(model: nn.Module) -> None:
             )
 
 
-def _fused(model: nn.Module) -> Iterator[list[str]]:
+def fused_layers(model: nn.Module) -> Iterator[list[str]]:
     """The names of linear layers that become one."""
     for name, parent in model.named_modules():
         prefix = f"{name}." if name else ""
