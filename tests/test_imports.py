@@ -17,7 +17,7 @@ RANKS = {
     "modules": 5, "kv_cache": 5,
     "calibrate": 6, "algorithms": 6,
     "transforms": 7, "refine": 7, "swap": 7, "planning": 7,
-    "recipe": 8,
+    "recipe": 8, "sensitivity": 8,
     "blockwise": 9,
     "checkpoint": 10, "evaluation": 10, "compilation": 10,
     "compiled_step": 9, "common_subexpressions": 8,
