@@ -6,6 +6,7 @@ The story, in the order in which it is told::
 
     model, tokenizer = ptq.load_float("org/model")  # or any nn.Module of yours
     ptq.plan(model, "w4a16-g64")              # what would happen to every layer, and what it saves
+    ptq.search(model, "4.5 bits", data="text.txt", tokenizer=tokenizer)  # a scheme for each layer
     result = ptq.quantize(model, "w4a16-g64") # in place: nn.Linear becomes ptq.QuantLinear
     ptq.explain(model)                        # which kernel serves which layer, and why
     ptq.tune(model)                           # measure the kernels here, use the fastest
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     )
     from ptq.evaluation import evaluate
     from ptq.kv_cache import QuantizedCache, quantize_cache
+    from ptq.mixed_precision import search
     from ptq.model import load_float
     from ptq.modules import QuantEmbedding, QuantLinear
     from ptq.pipeline import quantize, run
@@ -77,6 +79,7 @@ _HOME = {
     "report_page": "ptq.report.page",
     "run": "ptq.pipeline",
     "save": "ptq.checkpoint",
+    "search": "ptq.mixed_precision",
     "tune": "ptq.tuning",
 }
 
@@ -106,6 +109,7 @@ __all__ = [
     "report_page",
     "run",
     "save",
+    "search",
     "tune",
 ]
 

@@ -283,7 +283,7 @@ def _plan_layer(
     if scheme is not None:
         _check_fits(info, scheme, decided_by)
         if shares is None:
-            after = _quantized_bytes(info, scheme, dtype)
+            after = quantized_bytes(info, scheme, dtype)
     return LayerPlan(
         info.name,
         info.kind,
@@ -372,7 +372,7 @@ def _check_fits(info: LayerInfo, scheme: Scheme, decided_by: str) -> None:
         raise ConfigError(f"layer {info.name} {list(info.shape)} ({decided_by}): {error}") from None
 
 
-def _quantized_bytes(info: LayerInfo, scheme: Scheme, dtype: torch.dtype | None) -> int:
+def quantized_bytes(info: LayerInfo, scheme: Scheme, dtype: torch.dtype | None) -> int:
     """Bytes of a QuantLinear's tensors, as the checkpoint will hold them."""
     rows, columns = info.shape
     weights = scheme.weights

@@ -24,7 +24,7 @@ RANKS = {
     "report": 11, "resume": 11, "huggingface": 11,
     "tuning_cache": 12,
     "pipeline": 13, "tuning": 13,
-    "command": 14, "diagnosis": 14,
+    "command": 14, "diagnosis": 14, "mixed_precision": 14,
 }  # fmt: skip
 HEAVY = ("datasets", "matplotlib", "transformers", "pandas")
 

@@ -54,7 +54,7 @@ def check_vllm(model: nn.Module, layers: Mapping[str, QuantLinear], loads: Loads
         problem = _problem(layer, loads)
         if problem is not None:
             raise _vllm(name, *problem)
-    fused = list(_fused(model))
+    fused = list(fused_layers(model))
     for names in fused:
         _check_alike(model, names)
     together = {name for names in fused for name in names}
@@ -159,7 +159,7 @@ def _expert(layer: QuantLinear, loads: Loads) -> tuple[str, str] | None:
     )
 
 
-def _fused(model: nn.Module) -> Iterator[list[str]]:
+def fused_layers(model: nn.Module) -> Iterator[list[str]]:
     """The names of linear layers that become one."""
     for name, parent in model.named_modules():
         prefix = f"{name}." if name else ""

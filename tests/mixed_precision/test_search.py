@@ -1,0 +1,207 @@
+"""The whole search on a tiny model: the file, the bytes, the proof."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import search as script
+import torch
+
+import ptq
+from ptq.config import QuantizationConfig, as_config, load_config, preset
+from ptq.errors import CalibrationError, ConfigError, UnsupportedError
+from ptq.mixed_precision.choices import make_space
+from ptq.mixed_precision.proof import within_bound
+from ptq.mixed_precision.result import Measured
+from tests.tiny import tiny_model_directory, tiny_text
+
+SCHEMES = ["w3a16-g16-asym", "w4a16-g16-asym", "w8a16", "float"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Iterator[Path]:
+    """A recipe for a tiny model, in a directory with its texts."""
+    directory = tmp_path_factory.mktemp("search")
+    tiny_model_directory(directory / "model", seed=3)
+    (directory / "calibration.txt").write_text(tiny_text(300, 1))
+    (directory / "evaluation.txt").write_text(tiny_text(200, 2))
+    (directory / "recipe.yaml").write_text(
+        f"model: {directory}/model\n"
+        "scheme: w4a16-g16-asym\n"
+        "rules: [{layers: model.layers.1.mlp.down_proj, scheme: w8a16}]\n"
+        f"calibration: {{data: {directory}/calibration.txt, samples: 3, sequence_length: 64}}\n"
+        f"evaluation: {{data: {directory}/evaluation.txt, windows: 2, context: 64}}\n"
+        f"output: {{dir: {directory}/out, dtype: bfloat16}}\n"
+    )
+    return directory / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def loaded(recipe: Path):
+    config = load_config(recipe)
+    assert config.model is not None
+    return (*ptq.load_float(config.model.id), config)
+
+
+def test_the_script_writes_a_recipe_that_runs(recipe: Path, capsys) -> None:
+    """Searched twice from kept predictions, then quantized: bytes and figures are those said."""
+    out, figures = recipe.with_name("mixed.yaml"), recipe.with_name("search.json")
+    arguments = ["--config", str(recipe), "--budget", "as small as w4a16-g16-asym", "--output",
+                 str(out), "--schemes", *SCHEMES, "--json", str(figures),
+                 "--sensitivity", str(recipe.with_name("kept")), "--against", "w4a16-g16-asym"]  # fmt: skip
+    assert script.main(arguments) == 0
+    first = out.read_text()
+    assert script.main(arguments) == 0, capsys.readouterr().err
+    assert out.read_text() == first
+    found = json.loads(figures.read_text())
+    mine, uniform = found["measured"]
+    assert found["chosen"]["bytes"] == mine["bytes"] <= uniform["bytes"]
+    points = found["points"]
+    assert [p["bytes"] for p in points] == sorted(p["bytes"] for p in points)
+    assert [p["kl"] for p in points] == sorted((p["kl"] for p in points), reverse=True)
+    assert sum(layer["kl"] for layer in found["layers"]) <= found["chosen"]["kl"] + 1e-9
+    config = load_config(out)
+    assert config.rules[-1] == load_config(recipe).rules[0]
+    report = ptq.run(config, console=ptq.report.Console("quiet"))
+    assert report.sections["checkpoint"]["tensor_bytes"] == mine["bytes"]
+    evaluation = report.sections["evaluation"]
+    assert evaluation["ratio"] == pytest.approx(mine["ratio"], rel=1e-6)
+    assert evaluation["kl_mean"] == pytest.approx(mine["kl"], rel=1e-6)
+    for line in first.splitlines():
+        assert not line.startswith("  - ") or "# " in first
+
+
+def test_choices_and_bytes(loaded) -> None:
+    """Bytes of every option are those of the model quantized like that."""
+    model, _, config = loaded
+    schemes = [preset("w3a16-g16-asym"), preset("w8a16"), preset("w4a16-g64"), None]
+    space = make_space(model, config, schemes, dtype=torch.bfloat16)
+    groups = [choice.layers for choice in space.choices]
+    block = "model.layers.0"
+    assert groups[0] == tuple(f"{block}.self_attn.{p}_proj" for p in "qkv")
+    assert groups[2] == (f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj")
+    assert not any("model.layers.1.mlp.down_proj" in group for group in groups)
+    assert space.fixed == {"model.layers.1.mlp.down_proj": preset("w8a16")}
+    names = [option.name for option in space.choices[0].options]
+    assert names == ["w3a16-g16-asym", "w8a16", "float"]  # groups of 64 do not divide 32
+    for index, scheme in ((0, "w3a16-g16-asym"), (1, "w8a16")):
+        whole = sum(choice.options[index].bytes for choice in space.choices)
+        uniform = as_config({**config.model_dump(), "scheme": scheme})
+        plan = ptq.plan(model, uniform, dtype=torch.bfloat16)
+        assert whole + space.fixed_bytes == plan.bytes_after
+    alone = make_space(model, config, schemes, fuse=False)
+    assert all(len(choice.layers) == 1 for choice in alone.choices)
+
+
+@pytest.mark.parametrize("tied", ["keep", "untie"])
+def test_embedding_and_head_take_part_where_allowed(loaded, tied: str) -> None:
+    model, tokenizer, config = loaded
+    config = QuantizationConfig.model_validate({**config.model_dump(), "tied_embeddings": tied})
+    most = "0.0262 MB" if tied == "keep" else "0.03 MB"
+    found = ptq.search(
+        model, most, config=config, tokenizer=tokenizer, schemes=SCHEMES, ends=["w8a16"],
+        verify=False, draws=1,
+    )  # fmt: skip
+    plan = ptq.plan(model, found.config, dtype=torch.bfloat16)
+    assert found.config.embeddings == preset("w8a16")
+    assert plan.bytes_after == found.chosen.bytes
+    assert plan.sharing == ({"lm_head": "model.embed_tokens"} if tied == "keep" else {})
+    assert ("lm_head" in plan.schemes) == (tied == "untie")
+    layers = {layer.name: layer for layer in plan.layers}
+    for layer in found.layers:
+        assert layer.scheme == str(layers[layer.layer].scheme or "float")
+
+
+def test_time_is_a_budget(loaded, monkeypatch, tmp_path) -> None:
+    """Made-up times: 3 bits are slow, so only what is at least as fast as w8a16 is left."""
+    model, tokenizer, config = loaded
+
+    def times(shapes, schemes, **_):
+        return {(shape, s): 5.0 if str(s).startswith("w3") else 1.0
+                for shape in shapes.values() for s in schemes}  # fmt: skip
+
+    monkeypatch.setattr("ptq.mixed_precision.run.layer_times", times)
+    found = ptq.search(
+        model, ["as fast as w8a16", "5.6 bits"], config=config, tokenizer=tokenizer, verify=False,
+        schemes=SCHEMES, draws=1,
+    )  # fmt: skip
+    assert found.milliseconds == 13
+    assert {layer.scheme for layer in found.layers} == {"w4a16-g16-asym"}
+    with pytest.raises(ConfigError, match="cannot be met together with '4.6 bits'"):
+        ptq.search(model, ["4.6 bits", "as fast as w8a16"], config=config, tokenizer=tokenizer,
+                   verify=False, schemes=SCHEMES)  # fmt: skip
+
+
+def test_real_times(monkeypatch, tmp_path) -> None:
+    from ptq.mixed_precision.timing import layer_times
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = layer_times(
+        {"a": (32, 64), "b": (32, 64)}, [preset("w8a16"), None, preset("w4a16-g128")],
+        rows=1, dtype=torch.float32, device=torch.device("cpu"),
+    )  # fmt: skip
+    assert found.keys() == {((32, 64), preset("w8a16")), ((32, 64), None)}
+    assert all(time > 0 for time in found.values())
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "kind", "words"),
+    [
+        ("1 KB", {}, ConfigError, "'1 KB' cannot be met: the candidates give 0.0"),
+        ("4 bits", {}, ConfigError, "give 4.5 bits to 16 bits, 4 bits are asked"),
+        ("5 bits", {"schemes": ["w4"]}, ConfigError, "candidates: unknown scheme 'w4'"),
+        ("5 bits", {"schemes": ["w4a16-g64"]}, ConfigError, "none of the candidates w4a16-g64 fit"),
+        ("16 bits", {"schemes": ["float"]}, ConfigError, "float"),
+        ("5 bits", {"schemes": ["w8a8-static", "w4a16-g16"]}, UnsupportedError, "static"),
+        ("5 bits", {"tokenizer": None}, CalibrationError, "tokenizer"),
+    ],
+)  # fmt: skip
+def test_refusals(loaded, budget: str, options, kind, words: str) -> None:
+    model, tokenizer, config = loaded
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    given = {"schemes": SCHEMES, "tokenizer": tokenizer, "draws": 1, **options}
+    with pytest.raises(kind, match=words):
+        ptq.search(model, budget, config=config, verify=False, **given)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_text_is_needed(loaded) -> None:
+    model, tokenizer, config = loaded
+    bare = config.model_copy(update={"calibration": None})
+    with pytest.raises(CalibrationError, match="needs text to predict"):
+        ptq.search(model, "5 bits", config=bare, tokenizer=tokenizer, schemes=SCHEMES)
+    bare = config.model_copy(update={"evaluation": None})
+    with pytest.raises(CalibrationError, match="measuring needs text"):
+        ptq.search(model, "5 bits", config=bare, tokenizer=tokenizer, schemes=SCHEMES)
+    same = config.model_copy(update={"evaluation": None})
+    same = QuantizationConfig.model_validate(
+        {**same.model_dump(), "evaluation": {"data": config.calibration.data, "context": 64}}
+    )
+    with pytest.raises(CalibrationError, match="of the evaluation text is in the text"):
+        ptq.search(model, "5 bits", config=same, tokenizer=tokenizer, schemes=SCHEMES)
+
+
+@pytest.mark.parametrize("slope", [0.2, 1.0, 6.0])
+def test_the_bound_on_perplexity_is_found(slope: float) -> None:
+    """A model whose loss rises as slope * KL^1.1, and shrinks as KL rises."""
+
+    def attempt(kl: float) -> tuple[list[int], Measured]:
+        step = round(kl * 5000) / 5000 + 1e-5
+        ratio = 2.718281828 ** (slope * step**1.1)
+        return [int(1e6 * step)], Measured("", int(1e6 * (1 - step)), step, ratio, 0, 0, step, 1)
+
+    chosen, measured = within_bound(1.0, 8, attempt)
+    best = [m for m in measured if m.ratio <= 1.01]
+    assert min(m.bytes for m in best) == next(m.bytes for m in best if [int(1e6 * m.kl)] == chosen)
+    assert max(m.ratio for m in best) > 1.008
+
+
+def test_a_bound_that_no_trial_keeps() -> None:
+    def attempt(kl: float) -> tuple[list[int], Measured]:
+        return [1], Measured("", 10**6, 0.5, 1.5, 1.4, 1.6, kl, 1)
+
+    with pytest.raises(
+        UnsupportedError, match=r"none of 1 configurations .* nearest: 1.5000 at 1.0 MB"
+    ):
+        within_bound(1.0, 3, attempt)
