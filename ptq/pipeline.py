@@ -26,6 +26,7 @@ from ptq.calibrate import (
 from ptq.config import (
     ActivationScheme,
     CalibrationConfig,
+    EvaluationConfig,
     GenerationConfig,
     ModelConfig,
     OutputConfig,
@@ -38,11 +39,21 @@ from ptq.config import (
 )
 from ptq.errors import CalibrationError, ConfigError, ModelError
 from ptq.evaluation import (
+    RESULTS,
+    Condition,
+    Evaluation,
+    HeldReference,
+    Kind,
     ReferenceLogits,
     compare,
     encode_prompt,
+    evaluated_as,
+    evaluation_data,
+    figure_names,
+    parse_conditions,
     require_generation,
     sample,
+    violations,
 )
 from ptq.kv_cache import check_cache, quantize_cache
 from ptq.model import (
@@ -52,11 +63,11 @@ from ptq.model import (
     cast_parameters,
     check_finite,
     check_tokens,
+    load_image_processor,
     load_model,
     load_model_config,
     load_tokenizer,
     max_positions,
-    require_causal,
     require_token_ids,
     resolve_device,
     skeleton,
@@ -66,13 +77,25 @@ from ptq.model import (
 from ptq.modules import share_inputs
 from ptq.observers import make_observer
 from ptq.planning import Plan, plan
+from ptq.preflight import (
+    Prediction,
+    Source,
+    available_bytes,
+    check_memory,
+    checkpoint_bytes,
+    clock,
+    compared,
+    facts_of,
+    predict,
+)
 from ptq.recipe import Recipe, make_recipe
 from ptq.report import Console, Report, environment, explain
-from ptq.report.report import peak_memory_bytes
-from ptq.resume import Work, discard, fingerprint, saving_was_cut_off, work_root
+from ptq.report.report import memory_bytes, peak_memory_bytes
+from ptq.resume import Work, discard, fingerprint, give_back, saving_was_cut_off, work_root
 from ptq.swap import quantize_embeddings, quantize_layers
 
 _REMEDIES_SHOWN = 5  # the report has all
+_UNITS = {"causal": "window", "encoder": "text", "images": "image"}
 
 
 @dataclass(frozen=True)
@@ -325,6 +348,11 @@ def run(
         dry_run: stop after the plan; no weights are loaded.
         full_plan: print a row for each layer.
 
+    Returns:
+        The report, whose section ``gate`` says which conditions of ``evaluation.fail_if`` the
+        figures violate; :meth:`Report.check_gate` makes that an error. The checkpoint is kept:
+        it is whole and verified, and its report is what explains the failure.
+
     Raises:
         PTQError: bad input, before anything long is done; or a checkpoint that could not be
             written or verified. Nothing half-written stays behind.
@@ -355,16 +383,22 @@ class _Job:
     console: Console
     report: Report = field(init=False)
     start: float = field(default_factory=time.perf_counter, init=False)
+    cpu_start: float = field(default_factory=time.process_time, init=False)
+    clock_start: float = field(default_factory=clock, init=False)
     source: ModelSource = field(init=False)
     model_config: PretrainedConfig = field(init=False)
     recipe: Recipe = field(init=False)
     plan: Plan = field(init=False)
+    prediction: Prediction = field(init=False)
     work: Work | None = field(default=None, init=False)
     streamed: StreamedModel | None = field(default=None, init=False)
     tokenizer: Any = field(default=None, init=False)
     calibration: TokenSet | None = field(default=None, init=False)
     evaluation: TokenSet | None = field(default=None, init=False)
     prompt: Tensor | None = field(default=None, init=False)
+    kind: Kind = field(default="causal", init=False)
+    held: HeldReference | None = field(default=None, init=False)
+    gate: list[Condition] = field(default_factory=list, init=False)
     samples: dict[str, Any] = field(default_factory=dict, init=False)
     notes: list[str] = field(default_factory=list, init=False)
 
@@ -397,7 +431,9 @@ class _Job:
         self.source = ModelSource.resolve(self.model_section)
         if self.model_section.stream and self.source.gguf_file is not None:
             raise ConfigError("model.stream: GGUF cannot be streamed; set model.stream: false")
+        began = time.process_time()
         self.model_config = load_model_config(self.source)
+        parse_seconds = time.process_time() - began if self.source.gguf_file else 0.0
         empty = skeleton(self.model_config, trust_remote_code=self.model_section.trust_remote_code)
         self.recipe = make_recipe(self.config.recipe, self.config.scheme)
         self.plan = plan(empty, self.config, dtype=self._dtype())
@@ -408,6 +444,30 @@ class _Job:
         self.console.say(self.plan.table(full))
         if self.config.kv_cache is not None:
             self.console.say(f"key-value cache: {self.config.kv_cache}")
+        self._predict(empty, parse_seconds)
+
+    def _predict(self, empty: PreTrainedModel, parse_seconds: float) -> None:
+        """Say what the run will need, and whether this machine has it."""
+        stored = Source(self.source.gguf_file is not None, parse_seconds)
+        facts = facts_of(
+            empty,
+            self.model_config,
+            self.plan,
+            self.recipe,
+            self.config,
+            stored,
+            self._float_dtype(),
+        )
+        limit = 5000 if self.config.output is None else self.config.output.shard_size_mb
+        size = checkpoint_bytes(empty, self.plan, self._dtype(), limit * 1_000_000)
+        process, on_cpu = memory_bytes(), resolve_device(self.model_section.device).type == "cpu"
+        elapsed = clock() - self.clock_start
+        self.prediction = predict(facts, size, process, elapsed, on_cpu=on_cpu)
+        self.report.sections["preflight"] = self.prediction.to_dict()
+        self.console.say(f"\n{self.prediction}")
+        warning = check_memory(facts, self.prediction.peak, process, available_bytes())
+        if warning is not None:
+            self.note(warning)
 
     def _check_model(self, empty: nn.Module) -> None:
         """Whether a model of this kind can do what the sections ask."""
@@ -421,11 +481,18 @@ class _Job:
                 f"and the recipe [{self.recipe}] needs no data"
             )
         if self.config.evaluation is not None:
-            require_causal(empty)
+            self.kind = evaluated_as(empty)
+            self.gate = parse_conditions(self.config.evaluation.fail_if, self._figures())
         if self.config.generation is not None:
             require_generation(empty)
         if self.config.kv_cache is not None:
             check_cache(empty, self.config.kv_cache)
+
+    def _figures(self) -> list[str]:
+        """Names of the figures that the evaluation will give."""
+        names = figure_names(RESULTS.get(self.kind, Evaluation))
+        cached = [f"kv_cache.{name}" for name in names] if self.config.kv_cache else []
+        return [*names, *cached]
 
     def _check_streaming(self) -> None:
         """Whether everything that is asked for can be done one block at a time."""
@@ -523,12 +590,14 @@ class _Job:
         self.tokenizer = load_tokenizer(self.source)
         if self.tokenizer is None:
             self.note("the model comes without a tokenizer: none is saved")
-            if self._calibrates or self.config.evaluation:
+            if self._calibrates or (self.config.evaluation and self.kind != "images"):
                 raise ModelError(f"model {self.source} has no tokenizer, which its text needs")
         if self._calibrates:
             self.calibration = _calibration_tokens(self.config, self.recipe, self.tokenizer)
             check_tokens(self.model_config, self.calibration.sequences, "calibration text")
-        if self.config.evaluation is not None:
+        if self.config.evaluation is not None and self.kind != "causal":
+            self._read_other(self.config.evaluation)
+        elif self.config.evaluation is not None:
             self.evaluation = evaluation_windows(self.config.evaluation, self.tokenizer)
             check_tokens(self.model_config, self.evaluation.sequences, "evaluation text")
             if self.calibration is not None:
@@ -546,6 +615,16 @@ class _Job:
             for name, tokens in named.items()
             if tokens is not None
         }
+
+    def _read_other(self, section: EvaluationConfig) -> None:
+        """Sentences or images, for a model that predicts no next token."""
+        images = self.kind == "images"
+        processor = load_image_processor(self.source) if images else self.tokenizer
+        data = evaluation_data(self.kind, section, processor)
+        self.held = HeldReference(data)
+        if isinstance(data, TokenSet):
+            self.evaluation = data
+            check_tokens(self.model_config, data.sequences, "evaluation text")
 
     def _note_overlap(self, calibration: TokenSet, evaluation: TokenSet) -> None:
         shared = overlap(calibration, evaluation)
@@ -579,7 +658,10 @@ class _Job:
 
     def measure_float(self, model: nn.Module, reference: ReferenceLogits) -> None:
         """Keep the float model's logits and its sample; its weights are about to go."""
-        if self.evaluation is not None:
+        if self.held is not None:
+            self.console.stage("evaluate float")
+            self.held.record(model, self.console.bar(_UNITS[self.kind]))
+        elif self.evaluation is not None:
             self.console.stage("evaluate float")
             reference.record(model, self.evaluation.sequences, self.console.bar("window"))
         self._sample(model, "float")
@@ -592,6 +674,7 @@ class _Job:
             data = _calibration_batches(self.config, self.recipe, self.calibration, self.tokenizer)
         result = _quantize(model, self.config, data, None, self.console, self.streamed, self.work)
         cast_parameters(model, self._dtype())
+        give_back()  # the freed float weights, which the C library keeps otherwise
         self.report.sections["recipe"] = {
             "steps": list(self.recipe.names),
             "seconds": result.seconds,
@@ -654,7 +737,12 @@ class _Job:
 
     def measure_quantized(self, model: nn.Module, reference: ReferenceLogits) -> None:
         """Compare with the float model's logits; generate from the same prompt."""
-        if self.evaluation is not None:
+        if self.held is not None:
+            self.console.stage("evaluate quantized")
+            found = self.held.compare(model, self.console.bar(_UNITS[self.kind]))
+            self.report.sections["evaluation"] = {"kind": self.kind, **found.to_dict()}
+            self.console.say(found)
+        elif self.evaluation is not None:
             self.console.stage("evaluate quantized")
             bar = self.console.bar("window")
             result = compare(model, self.evaluation, reference, progress=bar)
@@ -684,6 +772,18 @@ class _Job:
         self.samples[f"{key}_tokens_per_second"] = made.new_tokens / made.seconds
         self.console.say(f"{section.prompt} ...{made.text}")
 
+    def _judge(self) -> None:
+        """Hold the figures against the conditions of ``evaluation.fail_if``."""
+        if not self.gate:
+            return
+        figures = dict(self.report.sections["evaluation"])
+        if "kv_cache" in self.report.sections:
+            figures["kv_cache"] = self.report.sections["kv_cache"]
+        self.report.sections["gate"] = {
+            "fail_if": [condition.text for condition in self.gate],
+            "violations": violations(self.gate, figures),
+        }
+
     def finish(self) -> Report:
         """Write the report beside the weights, and print its summary."""
         self.console.stage("done")
@@ -692,8 +792,17 @@ class _Job:
             self.report.sections["generation"] = self.samples
         self.report.sections["resources"] = {
             "seconds": time.perf_counter() - self.start,
+            "cpu_seconds": time.process_time() - self.cpu_start,
             "peak_memory_bytes": peak_memory_bytes(),
         }
+        self.report.sections["preflight"] = compared(
+            self.report.sections["preflight"],
+            {
+                "checkpoint_bytes": self.report.sections["checkpoint"]["weight_file_bytes"],
+                **self.report.sections["resources"],
+            },
+        )
+        self._judge()
         self.report.write(self.output.dir)
         if self.work is not None:
             self.work.remove()

@@ -41,6 +41,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--json", type=output_file, metavar="FILE", help="write the figures here as well"
     )
+    parser.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="end with exit code 3 where a figure violates it, as in 'kl_mean > 0.05'; names are "
+        "those of --json; repeatable",
+    )
     return parser.parse_args(arguments)
 
 
