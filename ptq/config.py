@@ -308,6 +308,10 @@ class CalibrationConfig(Section):
     )
 
 
+TextsField = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+"""Several texts; one alone needs no list."""
+
+
 class EvaluationConfig(Section):
     """Float against quantized on held-out text."""
 
@@ -319,12 +323,10 @@ class EvaluationConfig(Section):
     column: str | None = None
     windows: Annotated[int, Field(ge=1)] = Field(16, description="windows scored at most")
     context: Annotated[int, Field(ge=2)] = Field(512, description="tokens a window")
-    fail_if: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = (
-        Field(
-            default_factory=list,
-            description="conditions on the figures, such as 'kl_mean > 0.05' or 'ratio_high > 1.02': "
-            "where one holds, the command ends with exit code 3 (the checkpoint is kept)",
-        )
+    fail_if: TextsField = Field(
+        default_factory=list,
+        description="conditions on the figures, such as 'kl_mean > 0.05' or 'ratio_high > 1.02': "
+        "where one holds, the command ends with exit code 3 (the checkpoint is kept)",
     )
 
 

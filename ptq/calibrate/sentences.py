@@ -40,8 +40,8 @@ def evaluation_sentences(config: EvaluationConfig, tokenizer: Any) -> TokenSet:
         sequences.append(torch.tensor(ids, dtype=torch.int64))
     if len(sequences) < 2:
         raise CalibrationError(
-            f"evaluation text {', '.join(config.data)} gives {len(sequences)} sentences of at least "
-            f"{_SHORTEST} characters within {config.windows} x {config.context} tokens, two are "
-            "needed; give more text, or raise evaluation.windows"
+            f"evaluation text {', '.join(config.data)} gives {len(sequences)} sentences of "
+            f"{_SHORTEST} characters or more within {config.windows} x {config.context} tokens, "
+            "two are needed; give more text, or raise evaluation.windows"
         )
     return token_set(sequences, len(documents), config.data)

@@ -2,9 +2,9 @@
 
 A condition names what must *not* be: ``kl_mean > 0.05`` is violated where the mean divergence is
 above 0.05. The grammar is a figure's name, a comparison and a number; nothing is ever executed.
-Names are those of the figures' JSON, with dots into its nested parts (``kv_cache.ratio``). An end of
-an interval is a figure like any other, and decides what is asked: ``ratio_high > 1.02`` fails where a
-ratio above 1.02 *cannot be ruled out*; ``ratio_low > 1.02`` only where it is proved.
+Names are those of the figures' JSON, with dots into its nested parts (``kv_cache.ratio``). An end
+of an interval is a figure like any other, and decides what is asked: ``ratio_high > 1.02`` fails
+where a ratio above 1.02 *cannot be ruled out*; ``ratio_low > 1.02`` only where it is proved.
 """
 
 import dataclasses

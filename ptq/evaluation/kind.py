@@ -1,5 +1,6 @@
 """By what a model is judged: next tokens, embeddings of text, or classes of images."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import nn
@@ -34,5 +35,5 @@ def evaluated_as(model: nn.Module) -> Kind:
     )
 
 
-def _names(found: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (found,) if isinstance(found, str) else found
+def _names(found: str | Sequence[str]) -> tuple[str, ...]:
+    return (found,) if isinstance(found, str) else tuple(found)

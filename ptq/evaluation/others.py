@@ -1,4 +1,4 @@
-"""Models that do not predict next tokens: data for them, and the comparison with the float model."""
+"""Models that predict no next token: their data, and the comparison with the float model."""
 
 import os
 from collections.abc import Sequence

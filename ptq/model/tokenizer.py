@@ -43,8 +43,9 @@ def load_image_processor(source: ModelSource) -> Any:
     Raises:
         ModelError: there is none, or transformers cannot read it.
     """
+    processors: Any = AutoImageProcessor
     try:
-        return AutoImageProcessor.from_pretrained(source.path, **source.arguments)
+        return processors.from_pretrained(source.path, **source.arguments)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split()) or repr(error)
         raise ModelError(

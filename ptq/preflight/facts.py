@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,8 +213,3 @@ def _linears(plan: Plan, blocks: list[str], share: float) -> tuple[LinearFacts, 
 
 def _is_linear(kind: str, reason: str) -> bool:
     return kind in ("Linear", "Conv1D") or "tied" in reason or reason == "output head"
-
-
-def sources_bytes(sizes: Mapping[str, int]) -> int:
-    """Of the files of a model."""
-    return sum(sizes.values())

@@ -38,7 +38,7 @@ def memory_stages(facts: Facts, process: int) -> list[Stage]:
     """
     base = {"process and libraries": process + _LATER}
     before = {**base, "float model": _held_float(facts)}
-    after = {**base, "quantized model": facts.quantized_bytes, **_mapped(facts)}
+    after = {**base, **_held_quantized(facts)}
     stages = [Stage("load", {**base, **_load(facts)})]
     if facts.config.evaluation is not None:
         stages.append(Stage("evaluate float", {**before, **_float_logits(facts)}))
@@ -59,11 +59,14 @@ def _held_float(facts: Facts) -> int:
     return facts.outside_bytes + block
 
 
-def _mapped(facts: Facts) -> Terms:
-    """Of files that are mapped, which count as long as one tensor of them is held."""
-    if facts.source.gguf or facts.streamed:
-        return {}
-    return {"the float model's file": facts.float_bytes}
+def _held_quantized(facts: Facts) -> Terms:
+    """What is quantized has memory of its own; what stays float and is not cast remains in the
+    mapped files of the float model, which count as a whole then."""
+    mapped = not facts.source.gguf and not facts.streamed
+    if not mapped or facts.output_dtype != facts.float_dtype:
+        return {"quantized model": facts.quantized_bytes}
+    codes = sum(layer.bytes_after for layer in facts.plan.quantized)
+    return {"quantized layers": codes, "the float model's file": facts.float_bytes}
 
 
 def _load(facts: Facts) -> Terms:

@@ -21,6 +21,7 @@ from ptq.observers import make_observer
 from ptq.preflight.facts import Facts, LinearFacts
 
 _AT_MOST = 1 << 21  # elements of a weight that is measured
+_LARGE = 1 << 24  # float32 values that no cache holds
 _REPEATS = 3
 _TOKENS = 512  # at most, at a time
 
@@ -41,6 +42,7 @@ class Rates:
         observing: for one element of a calibrated input.
         element: a pass over one float32 element.
         hashing: SHA-256 of a byte, and writing it.
+        streaming: reading a byte of memory, from no cache.
         small: an operation on one token, whose cost is the call.
     """
 
@@ -53,6 +55,7 @@ class Rates:
     observing: float
     element: float
     hashing: float
+    streaming: float
     small: float
 
 
@@ -71,7 +74,8 @@ def measure_rates(facts: Facts) -> Rates:
         linear.setdefault(head, _linear(head, facts.float_dtype, tokens))
         for key in [(head, "float")]:
             quantized[key] = _linear(head, facts.output_dtype, tokens)
-    x, y = torch.randn(1 << 18), torch.randn(1 << 18)
+    x, y = torch.randn(2, min(_AT_MOST, max(1 << 18, tokens * facts.inner)))
+    large = torch.zeros(_LARGE)
     data = bytes(1 << 21)
     row = torch.randn(1, max(1, facts.hidden))
     return Rates(
@@ -84,6 +88,7 @@ def measure_rates(facts: Facts) -> Rates:
         _observing(facts),
         seconds(lambda: torch.mul(x, y)) / x.numel(),
         seconds(lambda: hashlib.sha256(data)) / len(data),
+        seconds(lambda: large.sum()) / large.nbytes,
         seconds(lambda: [row * row for _ in range(100)]) / 100,
     )
 

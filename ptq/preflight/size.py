@@ -37,13 +37,11 @@ def _empty_layers(empty: nn.Module, plan: Plan) -> dict[str, QuantLinear | Quant
         bias = None if linear.bias is None else linear.bias.dtype
         layers[name] = QuantLinear.on_meta(linear.in_features, linear.out_features, scheme, bias)
     for name, owner in plan.sharing.items():  # a head over the embedding's codes
-        table, scheme = layers[owner], plan.embeddings[owner]
         head = empty.get_submodule(name)
-        bias = None if getattr(head, "bias", None) is None else head.bias.dtype
-        assert isinstance(bias, torch.dtype | None)
-        weight = table.quantized_weight
-        empty_bias = None if bias is None else torch.empty(len(head.bias), device="meta")  # type: ignore[arg-type]
-        layers[name] = QuantLinear(weight, scheme, empty_bias)
+        assert isinstance(head, nn.Linear)
+        layers[name] = QuantLinear(
+            layers[owner].quantized_weight, plan.embeddings[owner], head.bias
+        )
     return layers
 
 

@@ -3,9 +3,10 @@
 from ptq.preflight.facts import Facts, LinearFacts
 from ptq.preflight.rates import Rates
 
-_LIBRARIES = 1.0  # seconds: what is imported later than the plan
+_LIBRARIES = 0.15  # seconds: what is imported later than the plan
+_PARSES = 1.3, 3.3  # of a GGUF file's header: for its tokenizer, for its weights
 _DEQUANTIZING = 25e-9  # of an element of a GGUF file, by the package gguf
-_SMALL_OPERATIONS = 60  # of a block, beside its layers
+_SMALL_OPERATIONS = 250  # of a block, its layers' calls included
 _HIDDEN_PASSES, _INNER_PASSES = 24, 5  # over a token's states: norms, rotation, sums, gates
 
 Terms = dict[str, float]
@@ -35,7 +36,7 @@ class _Work:
         windows = 0 if evaluation is None else evaluation.windows * evaluation.context
         new = 0 if generation is None else generation.max_new_tokens
         return {
-            "libraries, tokenizer": _LIBRARIES + self.facts.source.parse_seconds,
+            "libraries, tokenizer": _LIBRARIES + _PARSES[0] * self.facts.source.parse_seconds,
             "load": self._load(),
             "evaluate float": windows * (self.float_token + self._head(False) + self._keep()),
             "generate float": new * self._one(False),
@@ -81,17 +82,19 @@ class _Work:
         return 3 * self.facts.vocabulary * self.rates.element
 
     def _one(self, quantized: bool) -> float:
-        """A token that is generated alone."""
+        """A token that is generated alone: every weight is read from memory."""
         inside = (x for x in self.facts.linears if x.inside)
         layers = sum(self._layer(x, quantized, 1) for x in inside)
         head = self._head_of(quantized, 1) if self.facts.vocabulary else 0.0
-        return layers + head + self.facts.blocks * _SMALL_OPERATIONS * self.rates.small
+        held = self.facts.quantized_bytes if quantized else self.facts.float_bytes
+        products = max(layers + head, held * self.rates.streaming)
+        return products + self.facts.blocks * _SMALL_OPERATIONS * self.rates.small
 
     def _load(self) -> float:
         source, parameters = self.facts.source, self.facts.plan.parameters
         finite = parameters * self.rates.element
         if source.gguf:
-            return 3 * source.parse_seconds + parameters * _DEQUANTIZING + finite
+            return _PARSES[1] * source.parse_seconds + parameters * _DEQUANTIZING + finite
         return 2 * finite
 
     def _calibrate(self) -> float:
