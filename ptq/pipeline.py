@@ -39,9 +39,7 @@ from ptq.config import (
 )
 from ptq.errors import CalibrationError, ConfigError, ModelError
 from ptq.evaluation import (
-    RESULTS,
     Condition,
-    Evaluation,
     HeldReference,
     Kind,
     ReferenceLogits,
@@ -49,7 +47,7 @@ from ptq.evaluation import (
     encode_prompt,
     evaluated_as,
     evaluation_data,
-    figure_names,
+    known_figures,
     parse_conditions,
     require_generation,
     sample,
@@ -482,17 +480,17 @@ class _Job:
             )
         if self.config.evaluation is not None:
             self.kind = evaluated_as(empty)
-            self.gate = parse_conditions(self.config.evaluation.fail_if, self._figures())
+            names = [
+                name
+                for name in known_figures(self.kind)
+                if name != "perplexity"
+                and (self.config.kv_cache or not name.startswith("kv_cache."))
+            ]
+            self.gate = parse_conditions(self.config.evaluation.fail_if, names)
         if self.config.generation is not None:
             require_generation(empty)
         if self.config.kv_cache is not None:
             check_cache(empty, self.config.kv_cache)
-
-    def _figures(self) -> list[str]:
-        """Names of the figures that the evaluation will give."""
-        names = figure_names(RESULTS.get(self.kind, Evaluation))
-        cached = [f"kv_cache.{name}" for name in names] if self.config.kv_cache else []
-        return [*names, *cached]
 
     def _check_streaming(self) -> None:
         """Whether everything that is asked for can be done one block at a time."""

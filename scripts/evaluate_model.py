@@ -73,34 +73,104 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def evaluate(options: argparse.Namespace, console: Console) -> None:
-    from ptq.evaluation import Measurement, require_none, violations
-
-    wanted = Measurement(
-        checkpoint=options.checkpoint,
-        data=options.data or [],
-        reference=options.reference,
-        windows=options.windows,
-        context=options.context,
-        tasks=options.tasks or [],
-        items=options.items,
-        device=options.device,
+    import ptq
+    from ptq.config import EvaluationConfig, ModelConfig
+    from ptq.evaluation import (
+        evaluated_as,
+        known_figures,
+        parse_conditions,
+        require_lm_eval,
+        require_none,
+        violations,
     )
-    conditions = wanted.check(options.fail_if)
-    console.stage("load")
-    job = wanted.open()
-    if options.explain:
-        import ptq
+    from ptq.model import ModelSource, load_model, resolve_device
 
-        console.say(ptq.explain(job.model))
+    parse_conditions(options.fail_if, known_figures(None, bool(options.tasks)))
+    if options.tasks:
+        require_lm_eval()
+    console.stage("load")
+    device = resolve_device(options.device)
+    model = ptq.load(options.checkpoint, device=device)
+    kind = evaluated_as(model)
+    conditions = parse_conditions(options.fail_if, known_figures(kind, bool(options.tasks)))
+    processor = load_processor(options.checkpoint, kind)
+    reference = None
+    if options.reference:
+        wanted = ModelConfig(id=options.reference, device=str(device))
+        reference = load_model(ModelSource.resolve(wanted))
+    if options.explain:
+        console.say(ptq.explain(model))
     figures: dict[str, Any] = {}
-    for stage in job.stages():
-        console.stage(stage.name)
-        result = stage.run(console.bar(stage.unit))
-        console.say(result)
-        stage.add_to(figures, result)
+    if options.data:
+        section = EvaluationConfig(
+            data=options.data, windows=options.windows, context=options.context
+        )
+        figures |= measure(kind, model, section, processor, reference, console)
+    if options.tasks:
+        found = run_tasks(model, reference, processor, options, console)
+        console.say(found)
+        figures["tasks"] = found.to_dict()
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     require_none(violations(conditions, figures))
+
+
+def load_processor(checkpoint: str, kind: str) -> Any:
+    """The tokenizer of the checkpoint, or its image processor."""
+    from ptq.config import ModelConfig
+    from ptq.errors import ModelError
+    from ptq.model import ModelSource, load_image_processor, load_tokenizer
+
+    source = ModelSource(checkpoint, None, ModelConfig(id=checkpoint))
+    if kind == "images":
+        return load_image_processor(source)
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise ModelError(f"{checkpoint} has no tokenizer, which the text needs")
+    return tokenizer
+
+
+def measure(
+    kind: str, model: Any, section: Any, processor: Any, reference: Any, console: Console
+) -> dict[str, Any]:
+    """Figures on the text or the images; of a quantized cache as well."""
+    import ptq
+    from ptq.calibrate import evaluation_windows
+    from ptq.evaluation import evaluation_data
+    from ptq.kv_cache import cache_settings
+
+    causal = kind == "causal"
+    data = (
+        evaluation_windows(section, processor)
+        if causal
+        else evaluation_data(kind, section, processor)
+    )
+    console.stage("evaluate")
+    bar = console.bar("window")
+    result = ptq.evaluate(model, data, reference=reference, progress=bar)
+    console.say(result)
+    figures = result.to_dict()
+    if causal and cache_settings(model) is not None:
+        console.stage("evaluate through the quantized cache")
+        bar = console.bar("window")
+        cached = ptq.evaluate(model, data, reference=reference, through_cache=True, progress=bar)
+        console.say(cached)
+        figures["kv_cache"] = cached.to_dict()
+    return figures
+
+
+def run_tasks(
+    model: Any, reference: Any, tokenizer: Any, options: argparse.Namespace, console: Console
+) -> Any:
+    """Answers to multiple-choice tasks, beside the float model's where there is one."""
+    from ptq.evaluation import accuracies, answers, compare_answers
+
+    console.stage("tasks")
+    ours = answers(model, tokenizer, options.tasks, options.items)
+    if reference is None:
+        return accuracies(ours)
+    console.stage("tasks, float model")
+    return compare_answers(answers(reference, tokenizer, options.tasks, options.items), ours)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,8 +13,16 @@ from ptq.evaluation.generate import Sample, encode_prompt, require_generation, s
 from ptq.evaluation.images import ImageAgreement, ImageSet, classify, compare_classes
 from ptq.evaluation.kind import Kind, evaluated_as
 from ptq.evaluation.logits import ReferenceLogits, window_logits
-from ptq.evaluation.others import RESULTS, HeldReference, evaluation_data
+from ptq.evaluation.others import RESULTS, HeldReference, evaluation_data, known_figures
 from ptq.evaluation.result import Evaluation, Perplexity, Protocol
+from ptq.evaluation.tasks import (
+    TaskComparison,
+    TaskResults,
+    accuracies,
+    answers,
+    compare_answers,
+    require_lm_eval,
+)
 
 __all__ = [
     "RESULTS",
@@ -29,8 +37,13 @@ __all__ = [
     "ReferenceLogits",
     "Sample",
     "Similarity",
+    "TaskComparison",
+    "TaskResults",
+    "accuracies",
+    "answers",
     "classify",
     "compare",
+    "compare_answers",
     "compare_classes",
     "compare_embeddings",
     "embed",
@@ -39,8 +52,10 @@ __all__ = [
     "evaluated_as",
     "evaluation_data",
     "figure_names",
+    "known_figures",
     "parse_conditions",
     "require_generation",
+    "require_lm_eval",
     "require_none",
     "sample",
     "violations",

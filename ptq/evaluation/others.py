@@ -12,8 +12,10 @@ from ptq.calibrate import Progress, TokenSet, evaluation_sentences
 from ptq.config import EvaluationConfig, make_section
 from ptq.errors import CalibrationError, ConfigError
 from ptq.evaluation.encoder import Similarity, compare_embeddings, embed
+from ptq.evaluation.gate import figure_names
 from ptq.evaluation.images import ImageAgreement, ImageSet, classify, compare_classes
 from ptq.evaluation.kind import Kind
+from ptq.evaluation.result import Evaluation, Perplexity
 
 RESULTS: dict[Kind, type] = {"encoder": Similarity, "images": ImageAgreement}
 """What comparing a model of a kind gives, beside ``Evaluation`` for causal ones."""
@@ -33,6 +35,22 @@ def evaluation_data(kind: Kind, section: EvaluationConfig, processor: Any) -> To
         return evaluation_sentences(section, processor)
     options = {"subset": section.subset, "split": section.split, "column": section.column}
     return ImageSet(section.data, processor, section.windows, **options)  # type: ignore[arg-type]
+
+
+def known_figures(kind: Kind | None, tasks: bool = False, alone: bool = False) -> list[str]:
+    """Names of the figures that an evaluation gives, for :func:`parse_conditions`.
+
+    Args:
+        kind: of the model; None where it is not known yet: those of every kind.
+        tasks: lm-eval's tasks are run as well.
+        alone: there is no float model to compare with.
+    """
+    causal = [Perplexity] if alone else [Evaluation, Perplexity]
+    results = {"causal": causal, **{name: [result] for name, result in RESULTS.items()}}
+    chosen = [r for name, found in results.items() if kind in (None, name) for r in found]
+    names = [name for result in chosen for name in figure_names(result)]
+    cached = [f"kv_cache.{name}" for name in names] if kind in (None, "causal") else []
+    return list(dict.fromkeys([*names, *cached, *(["tasks.*"] if tasks else [])]))
 
 
 @dataclass(eq=False)

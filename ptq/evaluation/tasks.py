@@ -1,5 +1,7 @@
-"""Multiple-choice tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), where it is
-installed: float and quantized model on the same questions."""
+"""Multiple-choice tasks by lm-eval, where it is installed: both models on the same questions.
+
+https://github.com/EleutherAI/lm-evaluation-harness
+"""
 
 import contextlib
 import math
@@ -202,9 +204,11 @@ def _compare(theirs: Mapping[int, bool], ours: Mapping[int, bool]) -> TaskCompar
     )
 
 
-def paired_interval(lost: int, won: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of ``(won - lost) / count``: Wald's, with half a pair added to each of the four cells
-    (Agresti & Min 2005, section 3)."""
+def paired_interval(
+    lost: int, won: int, count: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Interval of ``(won - lost) / count``: Wald's, with half a pair added to each of the four
+    cells (Agresti & Min 2005, section 3)."""
     b, c, n = lost + 0.5, won + 0.5, count + 2
     middle = (c - b) / n
     error = math.sqrt(b + c - (c - b) ** 2 / n) / n
