@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ from ptq.modules import share_inputs
 from ptq.observers import make_observer
 from ptq.planning import Plan, plan
 from ptq.preflight import (
+    Facts,
     Prediction,
     Source,
     available_bytes,
@@ -84,12 +85,13 @@ from ptq.preflight import (
     clock,
     compared,
     facts_of,
+    measure_rates,
     predict,
 )
 from ptq.recipe import Recipe, make_recipe
 from ptq.report import Console, Report, environment, explain
 from ptq.report.report import memory_bytes, peak_memory_bytes
-from ptq.resume import Work, discard, fingerprint, give_back, saving_was_cut_off, work_root
+from ptq.resume import Work, discard, fingerprint, give_back, saving_was_cut_off, steady, work_root
 from ptq.swap import quantize_embeddings, quantize_layers
 
 _REMEDIES_SHOWN = 5  # the report has all
@@ -328,6 +330,7 @@ def _calibrate(
     if not made.static_layers or data is None:
         return {}
     console.stage_name = "calibrate"
+    steady()  # activations of whole batches, which would leave a heap with holes
     bar = console.bar("batch")
     return collect(model, made.static_layers, data, _observer(config), progress=bar)
 
@@ -387,7 +390,8 @@ class _Job:
     model_config: PretrainedConfig = field(init=False)
     recipe: Recipe = field(init=False)
     plan: Plan = field(init=False)
-    prediction: Prediction = field(init=False)
+    facts: Facts = field(init=False)
+    forecast: Callable[[Facts], Prediction] = field(init=False)
     work: Work | None = field(default=None, init=False)
     streamed: StreamedModel | None = field(default=None, init=False)
     tokenizer: Any = field(default=None, init=False)
@@ -458,14 +462,32 @@ class _Job:
         )
         limit = 5000 if self.config.output is None else self.config.output.shard_size_mb
         size = checkpoint_bytes(empty, self.plan, self._dtype(), limit * 1_000_000)
-        process, on_cpu = memory_bytes(), resolve_device(self.model_section.device).type == "cpu"
-        elapsed = clock() - self.clock_start
-        self.prediction = predict(facts, size, process, elapsed, on_cpu=on_cpu)
-        self.report.sections["preflight"] = self.prediction.to_dict()
-        self.console.say(f"\n{self.prediction}")
-        warning = check_memory(facts, self.prediction.peak, process, available_bytes())
+        process, began, elapsed = memory_bytes(), clock(), clock() - self.clock_start
+        on_cpu = resolve_device(self.model_section.device).type == "cpu"
+        rates = measure_rates(facts) if on_cpu else None
+        give_back()  # what measuring took
+        self.facts = facts
+        self.forecast = partial(
+            predict,
+            checkpoint_bytes=size,
+            process=process,
+            elapsed=elapsed,
+            rates=rates,
+            measuring=clock() - began,
+        )
+        prediction = self.forecast(facts)
+        self.report.sections["preflight"] = prediction.to_dict()
+        self.console.say(f"\n{prediction}")
+        warning = check_memory(facts, prediction.peak, process, available_bytes())
         if warning is not None:
             self.note(warning)
+
+    def _predict_again(self, tokens: TokenSet) -> None:
+        """With the text read, whose sequences may be shorter than they could be."""
+        lengths = tuple(len(sequence) for sequence in tokens.sequences)
+        prediction = self.forecast(replace(self.facts, lengths=lengths))
+        self.report.sections["preflight"] = prediction.to_dict()
+        self.console.say(prediction)
 
     def _check_model(self, empty: nn.Module) -> None:
         """Whether a model of this kind can do what the sections ask."""
@@ -593,6 +615,7 @@ class _Job:
         if self._calibrates:
             self.calibration = _calibration_tokens(self.config, self.recipe, self.tokenizer)
             check_tokens(self.model_config, self.calibration.sequences, "calibration text")
+            self._predict_again(self.calibration)
         if self.config.evaluation is not None and self.kind != "causal":
             self._read_other(self.config.evaluation)
         elif self.config.evaluation is not None:

@@ -119,8 +119,8 @@ def answers(
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     found: Answers = {}
-    for source in map(os.fspath, sources):
-        with _tasks(source) as (names, manager):
+    for source in sources:
+        with _tasks(os.fspath(source)) as (names, manager):
             try:
                 result = lm_eval.simple_evaluate(
                     model=wrapped,

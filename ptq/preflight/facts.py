@@ -67,6 +67,8 @@ class Facts:
         inner: out_features of the widest layer in a block.
         vocabulary: of the output head; 0 where there is none.
         largest: elements of the largest tensor.
+        lengths: tokens of each calibration sequence, once the text is read; until then each is
+            taken to be as long as the configuration allows.
     """
 
     plan: Plan
@@ -84,6 +86,7 @@ class Facts:
     inner: int
     vocabulary: int
     largest: int
+    lengths: tuple[int, ...] | None = None
 
     @property
     def streamed(self) -> bool:
@@ -125,12 +128,24 @@ class Facts:
         return self.static is not None or not self.recipe.plain
 
     @property
-    def calibration_tokens(self) -> int:
-        """At most: texts may be shorter."""
+    def calibration_lengths(self) -> tuple[int, ...]:
+        """Tokens of each calibration sequence."""
         section = self.config.calibration
         if section is None or not self.calibrates:
-            return 0
-        return section.samples * section.sequence_length
+            return ()
+        return self.lengths or (section.sequence_length,) * section.samples
+
+    @property
+    def calibration_tokens(self) -> int:
+        return sum(self.calibration_lengths)
+
+    @property
+    def padded_batches(self) -> tuple[tuple[int, int], ...]:
+        """Sequences and tokens of each batch that runs through the whole model."""
+        section, lengths = self.config.calibration, self.calibration_lengths
+        size = 1 if section is None else section.batch_size
+        groups = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+        return tuple((len(group), max(group)) for group in groups)
 
 
 def facts_of(

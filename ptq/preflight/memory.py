@@ -130,41 +130,36 @@ def _rounding(facts: Facts) -> int:
 
 def _calibration(facts: Facts) -> Terms:
     """A batch runs through the whole model, its output head included."""
-    section = facts.config.calibration
-    assert section is not None
-    batch = min(section.batch_size, section.samples)
-    tokens = batch * section.sequence_length
+    batch, length = max(facts.padded_batches, key=lambda b: b[0] * b[1])
+    logits = batch * length * facts.vocabulary * facts.float_dtype.itemsize
     return {
-        "logits of a calibration batch": tokens * facts.vocabulary * facts.float_dtype.itemsize,
-        "activations of a calibration batch": _activations(facts, batch, section.sequence_length),
+        "logits of a calibration batch": logits,
+        "activations of a calibration batch": _activations(facts, batch, length),
     }
 
 
 def _blockwise(facts: Facts) -> Terms:
-    section = facts.config.calibration
-    assert section is not None
+    length, samples = max(facts.calibration_lengths), len(facts.calibration_lengths)
     followed = 2 if facts.recipe.needs_targets else 1
     hidden = facts.calibration_tokens * facts.hidden * facts.float_dtype.itemsize
     terms = {
-        "activations of a sequence": _activations(facts, 1, section.sequence_length),
-        "logits of the first sequence": section.sequence_length
-        * facts.vocabulary
-        * facts.float_dtype.itemsize,
+        "activations of a sequence": _activations(facts, 1, length),
+        "logits of the first sequence": length * facts.vocabulary * facts.float_dtype.itemsize,
     }
     if not facts.streamed:
-        terms[f"hidden states of {section.samples} sequences, {followed} times"] = followed * hidden
+        terms[f"hidden states of {samples} sequences, {followed} times"] = followed * hidden
     terms |= _moments(facts)
     names = facts.recipe.names
     if "learned_rounding" in names:
         terms["learned rounding: rounding, codes, gradients"] = 4 * 8 * facts.block_elements
-        terms["what its gradients need of a sequence"] = _saved(facts, section.sequence_length)
+        terms["what its gradients need of a sequence"] = _saved(facts, length)
     if "distill" in names:
         terms["distillation: gradients of all layers"] = (
             facts.block_elements * facts.blocks * facts.float_dtype.itemsize
         )
-        terms["what its gradients need"] = facts.blocks * _saved(facts, section.sequence_length)
+        terms["what its gradients need"] = facts.blocks * _saved(facts, length)
         terms["logits, theirs and ours"] = (
-            4 * section.sequence_length * facts.vocabulary * facts.float_dtype.itemsize
+            4 * length * facts.vocabulary * facts.float_dtype.itemsize
         )
     return terms
 

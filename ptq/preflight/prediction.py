@@ -6,7 +6,7 @@ from typing import Any
 from ptq.planning import megabytes
 from ptq.preflight.facts import Facts
 from ptq.preflight.memory import Stage, memory_stages
-from ptq.preflight.rates import clock, measure_rates
+from ptq.preflight.rates import Rates
 from ptq.preflight.time import time_terms
 
 
@@ -20,6 +20,8 @@ class Prediction:
         times: seconds by what they are spent on; None where time is not predicted.
         elapsed: seconds of the run that are over.
         measuring: seconds that measuring this machine took.
+        counted: the text is read, or none is needed; else every sequence is taken to be as long as
+            the configuration allows, so memory and time are upper ends.
     """
 
     checkpoint_bytes: int
@@ -27,6 +29,7 @@ class Prediction:
     times: dict[str, float] | None
     elapsed: float
     measuring: float
+    counted: bool = True
 
     @property
     def peak(self) -> Stage:
@@ -50,37 +53,45 @@ class Prediction:
             "seconds_of": self.times,
             "seconds_before": self.elapsed,
             "seconds_measuring": self.measuring,
+            "text_counted": self.counted,
         }
 
     def __str__(self) -> str:
+        most = "" if self.counted else "at most "
         lines = [
             f"checkpoint  {megabytes(self.checkpoint_bytes)} of weight files, headers included",
-            f"peak memory ~{self.peak.total / 1e9:.2f} GB, in '{self.peak.name}': "
+            f"peak memory {most}~{self.peak.total / 1e9:.2f} GB, in '{self.peak.name}': "
             + ", ".join(_largest(self.peak.terms, megabytes)),
         ]
         if self.times is None:
             return "\n".join([*lines, "time        is predicted for a CPU only"])
         assert self.seconds is not None
         terms = _largest(self.times, lambda value: f"{value:.1f} s")
-        lines.append(f"time        ~{duration(self.seconds)}: {', '.join(terms)}")
+        lines.append(f"time        {most}~{duration(self.seconds)}: {', '.join(terms)}")
         return "\n".join(lines)
 
 
 def predict(
-    facts: Facts, checkpoint_bytes: int, process: int, elapsed: float, *, on_cpu: bool
+    facts: Facts,
+    checkpoint_bytes: int,
+    process: int,
+    elapsed: float,
+    *,
+    rates: Rates | None,
+    measuring: float = 0.0,
 ) -> Prediction:
-    """Predict a run; measures this machine for about a second.
+    """Predict a run.
 
     Args:
         process: resident bytes of the process.
         elapsed: seconds that the run has taken, by :func:`ptq.preflight.clock`.
-        on_cpu: the model runs there.
+        rates: of this machine; None where the model does not run on its processor.
+        measuring: seconds that measuring them took.
     """
-    start = clock()
-    times = time_terms(facts, measure_rates(facts)) if on_cpu else None
-    measuring = clock() - start
+    times = None if rates is None else time_terms(facts, rates)
     stages = tuple(memory_stages(facts, process))
-    return Prediction(checkpoint_bytes, stages, times, elapsed, measuring)
+    counted = facts.lengths is not None or not facts.calibrates
+    return Prediction(checkpoint_bytes, stages, times, elapsed, measuring, counted)
 
 
 def compared(predicted: dict[str, Any], measured: dict[str, float | int]) -> dict[str, Any]:

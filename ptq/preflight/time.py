@@ -103,7 +103,8 @@ class _Work:
         if not f.recipe.plain or f.static is None:
             return 0.0
         seen = sum(x.shape[1] * x.count for x in f.quantized_linears) * self.rates.observing
-        return f.calibration_tokens * (self.float_token + self._head(False) + seen)
+        tokens = sum(batch * length for batch, length in f.padded_batches)
+        return tokens * (self.float_token + self._head(False) + seen)
 
     def _quantize(self) -> float:
         rounding = sum(
@@ -131,10 +132,8 @@ class _Work:
         return total
 
     def _learned_rounding(self, iterations: int, sequences: int) -> float:
-        section = self.facts.config.calibration
-        assert section is not None
-        length, samples = section.sequence_length, section.samples
-        once = length * self.float_token
+        samples = len(self.facts.calibration_lengths)
+        once = self.facts.calibration_tokens / samples * self.float_token
         checks = 1 + sum(1 for i in range(iterations) if _checked(i, iterations))
         check = min(samples, max(8, sequences))
         elements = self.facts.block_elements * self.facts.blocks

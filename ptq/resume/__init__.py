@@ -2,7 +2,7 @@
 
 from ptq.resume.fingerprint import changes, fingerprint
 from ptq.resume.folder import discard, saving_was_cut_off, work_root
-from ptq.resume.heap import give_back
+from ptq.resume.heap import give_back, steady
 from ptq.resume.work import Work
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "fingerprint",
     "give_back",
     "saving_was_cut_off",
+    "steady",
     "work_root",
 ]
