@@ -609,7 +609,8 @@ class _Job:
         self.console.stage("read data")
         self.tokenizer = load_tokenizer(self.source)
         if self.tokenizer is None:
-            self.note("the model comes without a tokenizer: none is saved")
+            if self.kind != "images":
+                self.note("the model comes without a tokenizer: none is saved")
             if self._calibrates or (self.config.evaluation and self.kind != "images"):
                 raise ModelError(f"model {self.source} has no tokenizer, which its text needs")
         if self._calibrates:
@@ -641,6 +642,7 @@ class _Job:
         """Sentences or images, for a model that predicts no next token."""
         images = self.kind == "images"
         processor = load_image_processor(self.source) if images else self.tokenizer
+        self.tokenizer = processor  # travels with the checkpoint
         data = evaluation_data(self.kind, section, processor)
         self.held = HeldReference(data)
         if isinstance(data, TokenSet):

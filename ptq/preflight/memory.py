@@ -43,10 +43,8 @@ def memory_stages(facts: Facts, process: int) -> list[Stage]:
     if facts.config.evaluation is not None:
         stages.append(Stage("evaluate float", {**before, **_float_logits(facts)}))
     stages.append(Stage("quantize", {**before, **_quantize(facts)}))
-    read = 1 if facts.streamed else 2
-    stages.append(
-        Stage("read back", {**after, "the model read back": (read - 1) * facts.quantized_bytes})
-    )
+    again = 0 if facts.streamed else facts.quantized_bytes
+    stages.append(Stage("read back", {**after, "the model read back": again}))
     if facts.config.evaluation is not None:
         stages.append(Stage("evaluate quantized", {**after, **_both_logits(facts)}))
     return stages
@@ -62,6 +60,8 @@ def _held_float(facts: Facts) -> int:
 def _held_quantized(facts: Facts) -> Terms:
     """What is quantized has memory of its own; what stays float and is not cast remains in the
     mapped files of the float model, which count as a whole then."""
+    if facts.streamed:  # finished blocks are in files
+        return {"what is outside the blocks": facts.outside_bytes}
     mapped = not facts.source.gguf and not facts.streamed
     if not mapped or facts.output_dtype != facts.float_dtype:
         return {"quantized model": facts.quantized_bytes}
@@ -70,6 +70,8 @@ def _held_quantized(facts: Facts) -> Terms:
 
 
 def _load(facts: Facts) -> Terms:
+    if facts.streamed:  # the mapped file, what is read of it, and its conversion
+        return {"what is outside the blocks, three times": 3 * facts.outside_bytes}
     terms = {"float model": _held_float(facts)}
     if facts.source.gguf:
         terms["a tensor while it is dequantized, twice"] = 2 * 4 * facts.largest

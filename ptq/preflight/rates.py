@@ -22,6 +22,7 @@ from ptq.preflight.facts import Facts, LinearFacts
 
 _AT_MOST = 1 << 21  # elements of a weight that is measured
 _LARGE = 1 << 24  # float32 values that no cache holds
+_ROUNDED = 1 << 22  # elements of a weight that is rounded: no cache holds its copies
 _REPEATS = 3
 _TOKENS = 512  # at most, at a time
 
@@ -68,7 +69,8 @@ def measure_rates(facts: Facts) -> Rates:
         linear[layer.shape] = _linear(layer.shape, facts.float_dtype, tokens)
         if layer.scheme is not None:
             key = layer.shape, str(layer.scheme)
-            quantized[key], rounding[key[1]] = _quantized(layer, facts.output_dtype, tokens)
+            quantized[key] = _quantized(layer, facts.output_dtype, tokens)
+            rounding[key[1]] = _rounding(layer, facts.float_dtype)
     if facts.vocabulary:
         head = (facts.vocabulary, facts.hidden)
         linear.setdefault(head, _linear(head, facts.float_dtype, tokens))
@@ -136,18 +138,22 @@ def _linear(shape: Shape, dtype: torch.dtype, tokens: int) -> tuple[float, float
     )
 
 
-def _quantized(
-    layer: LinearFacts, dtype: torch.dtype, tokens: int
-) -> tuple[tuple[float, float], float]:
+def _quantized(layer: LinearFacts, dtype: torch.dtype, tokens: int) -> tuple[float, float]:
     scheme = layer.scheme
     assert scheme is not None
     rows, factor = _cut(layer.shape)
-    weight = torch.randn(rows, layer.shape[1])
-    rounding = seconds(lambda: round_to_nearest(weight, scheme.weights)) / weight.numel()
-    made = _layer(weight, scheme)
+    made = _layer(torch.randn(rows, layer.shape[1]), scheme)
     x = torch.randn(tokens, layer.shape[1]).to(dtype)
     one = x[:1]
-    return (factor * seconds(lambda: made(x)), factor * seconds(lambda: made(one))), rounding
+    return factor * seconds(lambda: made(x)), factor * seconds(lambda: made(one))
+
+
+def _rounding(layer: LinearFacts, dtype: torch.dtype) -> float:
+    scheme = layer.scheme
+    assert scheme is not None
+    rows = max(1, min(layer.shape[0], _ROUNDED // layer.shape[1]))
+    weight = torch.randn(rows, layer.shape[1]).to(dtype)
+    return seconds(lambda: round_to_nearest(weight, scheme.weights)) / weight.numel()
 
 
 def _layer(weight: Tensor, scheme: Scheme) -> nn.Module:

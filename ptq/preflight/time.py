@@ -42,7 +42,7 @@ class _Work:
             "generate float": new * self._one(False),
             "calibrate": self._calibrate(),
             "quantize": self._quantize(),
-            "save": 1.5 * self.facts.quantized_bytes * self.rates.hashing,
+            "save": 2 * self.facts.quantized_bytes * self.rates.hashing,
             "read back": self._read_back(),
             "evaluate quantized": windows
             * (self.quantized_token + self._head(True) + self.rates.statistics + self._keep()),
@@ -110,9 +110,15 @@ class _Work:
         rounding = sum(
             x.elements * self.rates.rounding[str(x.scheme)] for x in self.facts.quantized_linears
         )
-        if self.facts.recipe.plain:
-            return rounding
-        return rounding + self._blockwise()
+        if self.facts.streamed:
+            rounding += self._streaming()
+        return rounding if self.facts.recipe.plain else rounding + self._blockwise()
+
+    def _streaming(self) -> float:
+        """Blocks are read and checked; finished ones are hashed and written."""
+        f, r = self.facts, self.rates
+        read = f.block_elements * f.blocks * (r.element + f.float_dtype.itemsize * r.streaming)
+        return read + 2 * f.quantized_bytes * r.hashing
 
     def _blockwise(self) -> float:
         """Hidden states pass through each block; what the steps of the recipe do there."""
@@ -157,7 +163,7 @@ class _Work:
     def _read_back(self) -> float:
         """Tensors are hashed and compared, and both models run on a few tokens."""
         runs = 0 if self.facts.streamed else 4
-        compared = 1.5 * self.facts.quantized_bytes * self.rates.hashing
+        compared = 2 * self.facts.quantized_bytes * self.rates.hashing
         return compared + runs * self._one(True)
 
 
