@@ -1,4 +1,4 @@
-"""Multiple-choice tasks: the statistics by brute force, and lm-eval itself where it is installed."""
+"""Multiple-choice tasks: the statistics by brute force, and lm-eval where it is installed."""
 
 import itertools
 import math
