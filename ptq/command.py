@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ptq.errors import PTQError
+from ptq.errors import GateError, PTQError
 from ptq.report import Console
 
 EXIT_CODES = """exit codes:
   0    done; what was asked for is written and verified
   1    a bug in ptq (a traceback is shown)
   2    bad input, or the machine cannot do it (disk full): one line says what and the remedy
+  3    done, but a figure violates a condition of --fail-if: one line for each, with the figure
   130  interrupted; nothing half-written stays behind
   141  the reader of the output closed it
 """
@@ -24,6 +25,10 @@ def run_command(action: Callable[[], object], console: Console) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         action()
+    except GateError as error:
+        for line in str(error).splitlines():
+            print(f"failed: {line}", file=sys.stderr)
+        return 3
     except PTQError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ import os
 import re
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -307,6 +308,10 @@ class CalibrationConfig(Section):
     )
 
 
+TextsField = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+"""Several texts; one alone needs no list."""
+
+
 class EvaluationConfig(Section):
     """Float against quantized on held-out text."""
 
@@ -322,6 +327,11 @@ class EvaluationConfig(Section):
         False,
         description="time both models, taking turns; loads the float model again for it, so "
         "memory holds both",
+    )
+    fail_if: TextsField = Field(
+        default_factory=list,
+        description="conditions on the figures, such as 'kl_mean > 0.05' or 'ratio_high > 1.02': "
+        "where one holds, the command ends with exit code 3 (the checkpoint is kept)",
     )
 
 
@@ -563,6 +573,21 @@ def load_config(
     for override in overrides:
         _apply_override(raw, override)
     return _validate(QuantizationConfig, raw, str(path), node)
+
+
+def with_conditions(config: QuantizationConfig, texts: Sequence[str]) -> QuantizationConfig:
+    """The configuration with more conditions in ``evaluation.fail_if``.
+
+    Raises:
+        ConfigError: there is no evaluation that they could judge.
+    """
+    if not texts:
+        return config
+    section = config.evaluation
+    if section is None:
+        raise ConfigError("--fail-if needs figures: add a section 'evaluation:' with 'data: FILE'")
+    more = section.model_copy(update={"fail_if": [*section.fail_if, *texts]})
+    return config.model_copy(update={"evaluation": more})
 
 
 def _one_line(error: yaml.YAMLError | ValueError) -> str:

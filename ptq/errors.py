@@ -26,3 +26,7 @@ class UnsupportedError(PTQError):
 
 class CheckpointError(PTQError):
     """A checkpoint cannot be written, or what was read is not what was written."""
+
+
+class GateError(PTQError):
+    """Figures were measured, and violate a condition of ``fail_if``: one line for each."""

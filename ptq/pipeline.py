@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ptq.calibrate import (
 from ptq.config import (
     ActivationScheme,
     CalibrationConfig,
+    EvaluationConfig,
     GenerationConfig,
     ModelConfig,
     OutputConfig,
@@ -38,15 +39,23 @@ from ptq.config import (
 )
 from ptq.errors import CalibrationError, ConfigError, ModelError
 from ptq.evaluation import (
+    Condition,
     Evaluation,
+    HeldReference,
+    Kind,
     ReferenceLogits,
     compare,
     encode_prompt,
+    evaluated_as,
+    evaluation_data,
+    known_figures,
+    parse_conditions,
     pieces,
     race,
     require_generation,
     sample,
     tokens_in_text,
+    violations,
 )
 from ptq.kv_cache import check_cache, quantize_cache
 from ptq.model import (
@@ -56,11 +65,11 @@ from ptq.model import (
     cast_parameters,
     check_finite,
     check_tokens,
+    load_image_processor,
     load_model,
     load_model_config,
     load_tokenizer,
     max_positions,
-    require_causal,
     require_token_ids,
     resolve_device,
     skeleton,
@@ -70,6 +79,19 @@ from ptq.model import (
 from ptq.modules import share_inputs
 from ptq.observers import make_observer
 from ptq.planning import Plan, plan
+from ptq.preflight import (
+    Facts,
+    Prediction,
+    Source,
+    available_bytes,
+    check_memory,
+    checkpoint_bytes,
+    clock,
+    compared,
+    facts_of,
+    measure_rates,
+    predict,
+)
 from ptq.recipe import Recipe, make_recipe
 from ptq.report import (
     Console,
@@ -82,11 +104,12 @@ from ptq.report import (
     sizes,
 )
 from ptq.report.page import report_page
-from ptq.report.report import peak_memory_bytes
-from ptq.resume import Work, discard, fingerprint, saving_was_cut_off, work_root
+from ptq.report.report import memory_bytes, peak_memory_bytes
+from ptq.resume import Work, discard, fingerprint, give_back, saving_was_cut_off, steady, work_root
 from ptq.swap import See, quantize_embeddings, quantize_layers
 
 _REMEDIES_SHOWN = 5  # the report has all
+_UNITS = {"causal": "window", "encoder": "text", "images": "image"}
 
 
 @dataclass(frozen=True)
@@ -327,6 +350,7 @@ def _calibrate(
     if not made.static_layers or data is None:
         return {}
     console.stage_name = "calibrate"
+    steady()  # activations of whole batches, which would leave a heap with holes
     bar = console.bar("batch")
     return collect(model, made.static_layers, data, _observer(config), progress=bar)
 
@@ -344,6 +368,11 @@ def run(
         config: the configuration, or the path of its YAML file.
         dry_run: stop after the plan; no weights are loaded.
         full_plan: print a row for each layer.
+
+    Returns:
+        The report, whose section ``gate`` says which conditions of ``evaluation.fail_if`` the
+        figures violate; :meth:`Report.check_gate` makes that an error. The checkpoint is kept:
+        it is whole and verified, and its report is what explains the failure.
 
     Raises:
         PTQError: bad input, before anything long is done; or a checkpoint that could not be
@@ -376,16 +405,23 @@ class _Job:
     console: Console
     report: Report = field(init=False)
     start: float = field(default_factory=time.perf_counter, init=False)
+    cpu_start: float = field(default_factory=time.process_time, init=False)
+    clock_start: float = field(default_factory=clock, init=False)
     source: ModelSource = field(init=False)
     model_config: PretrainedConfig = field(init=False)
     recipe: Recipe = field(init=False)
     plan: Plan = field(init=False)
+    facts: Facts = field(init=False)
+    forecast: Callable[[Facts], Prediction] = field(init=False)
     work: Work | None = field(default=None, init=False)
     streamed: StreamedModel | None = field(default=None, init=False)
     tokenizer: Any = field(default=None, init=False)
     calibration: TokenSet | None = field(default=None, init=False)
     evaluation: TokenSet | None = field(default=None, init=False)
     prompt: Tensor | None = field(default=None, init=False)
+    kind: Kind = field(default="causal", init=False)
+    held: HeldReference | None = field(default=None, init=False)
+    gate: list[Condition] = field(default_factory=list, init=False)
     samples: dict[str, Any] = field(default_factory=dict, init=False)
     weights: WeightRecorder = field(default_factory=WeightRecorder, init=False)
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
@@ -420,7 +456,9 @@ class _Job:
         self.source = ModelSource.resolve(self.model_section)
         if self.model_section.stream and self.source.gguf_file is not None:
             raise ConfigError("model.stream: GGUF cannot be streamed; set model.stream: false")
+        began = time.process_time()
         self.model_config = load_model_config(self.source)
+        parse_seconds = time.process_time() - began if self.source.gguf_file else 0.0
         empty = skeleton(self.model_config, trust_remote_code=self.model_section.trust_remote_code)
         self.recipe = make_recipe(self.config.recipe, self.config.scheme)
         self.plan = plan(empty, self.config, dtype=self._dtype())
@@ -432,6 +470,48 @@ class _Job:
         self.console.say(self.plan.table(full))
         if self.config.kv_cache is not None:
             self.console.say(f"key-value cache: {self.config.kv_cache}")
+        self._predict(empty, parse_seconds)
+
+    def _predict(self, empty: PreTrainedModel, parse_seconds: float) -> None:
+        """Say what the run will need, and whether this machine has it."""
+        stored = Source(self.source.gguf_file is not None, parse_seconds)
+        facts = facts_of(
+            empty,
+            self.model_config,
+            self.plan,
+            self.recipe,
+            self.config,
+            stored,
+            self._float_dtype(),
+        )
+        limit = 5000 if self.config.output is None else self.config.output.shard_size_mb
+        size = checkpoint_bytes(empty, self.plan, self._dtype(), limit * 1_000_000)
+        process, began, elapsed = memory_bytes(), clock(), clock() - self.clock_start
+        on_cpu = resolve_device(self.model_section.device).type == "cpu"
+        rates = measure_rates(facts) if on_cpu else None
+        give_back()  # what measuring took
+        self.facts = facts
+        self.forecast = partial(
+            predict,
+            checkpoint_bytes=size,
+            process=process,
+            elapsed=elapsed,
+            rates=rates,
+            measuring=clock() - began,
+        )
+        prediction = self.forecast(facts)
+        self.report.sections["preflight"] = prediction.to_dict()
+        self.console.say(f"\n{prediction}")
+        warning = check_memory(facts, prediction.peak, process, available_bytes())
+        if warning is not None:
+            self.note(warning)
+
+    def _predict_again(self, tokens: TokenSet) -> None:
+        """With the text read, whose sequences may be shorter than they could be."""
+        lengths = tuple(len(sequence) for sequence in tokens.sequences)
+        prediction = self.forecast(replace(self.facts, lengths=lengths))
+        self.report.sections["preflight"] = prediction.to_dict()
+        self.console.say(prediction)
 
     def _check_model(self, empty: nn.Module) -> None:
         """Whether a model of this kind can do what the sections ask."""
@@ -445,7 +525,14 @@ class _Job:
                 f"and the recipe [{self.recipe}] needs no data"
             )
         if self.config.evaluation is not None:
-            require_causal(empty)
+            self.kind = evaluated_as(empty)
+            names = [
+                name
+                for name in known_figures(self.kind)
+                if name != "perplexity"
+                and (self.config.kv_cache or not name.startswith("kv_cache."))
+            ]
+            self.gate = parse_conditions(self.config.evaluation.fail_if, names)
         if self.config.generation is not None:
             require_generation(empty)
         if self.config.kv_cache is not None:
@@ -546,13 +633,17 @@ class _Job:
         self.console.stage("read data")
         self.tokenizer = load_tokenizer(self.source)
         if self.tokenizer is None:
-            self.note("the model comes without a tokenizer: none is saved")
-            if self._calibrates or self.config.evaluation:
+            if self.kind != "images":
+                self.note("the model comes without a tokenizer: none is saved")
+            if self._calibrates or (self.config.evaluation and self.kind != "images"):
                 raise ModelError(f"model {self.source} has no tokenizer, which its text needs")
         if self._calibrates:
             self.calibration = _calibration_tokens(self.config, self.recipe, self.tokenizer)
             check_tokens(self.model_config, self.calibration.sequences, "calibration text")
-        if self.config.evaluation is not None:
+            self._predict_again(self.calibration)
+        if self.config.evaluation is not None and self.kind != "causal":
+            self._read_other(self.config.evaluation)
+        elif self.config.evaluation is not None:
             self.evaluation = evaluation_windows(self.config.evaluation, self.tokenizer)
             check_tokens(self.model_config, self.evaluation.sequences, "evaluation text")
             if self.calibration is not None:
@@ -570,6 +661,17 @@ class _Job:
             for name, tokens in named.items()
             if tokens is not None
         }
+
+    def _read_other(self, section: EvaluationConfig) -> None:
+        """Sentences or images, for a model that predicts no next token."""
+        images = self.kind == "images"
+        processor = load_image_processor(self.source) if images else self.tokenizer
+        self.tokenizer = processor  # travels with the checkpoint
+        data = evaluation_data(self.kind, section, processor)
+        self.held = HeldReference(data)
+        if isinstance(data, TokenSet):
+            self.evaluation = data
+            check_tokens(self.model_config, data.sequences, "evaluation text")
 
     def _note_overlap(self, calibration: TokenSet, evaluation: TokenSet) -> None:
         shared = overlap(calibration, evaluation)
@@ -603,7 +705,10 @@ class _Job:
 
     def measure_float(self, model: nn.Module, reference: ReferenceLogits) -> None:
         """Keep the float model's logits and its sample; its weights are about to go."""
-        if self.evaluation is not None:
+        if self.held is not None:
+            self.console.stage("evaluate float")
+            self.held.record(model, self.console.bar(_UNITS[self.kind]))
+        elif self.evaluation is not None:
             self.console.stage("evaluate float")
             reference.record(model, self.evaluation.sequences, self.console.bar("window"))
             self._record_inputs(model, "before")
@@ -627,6 +732,7 @@ class _Job:
         )
         self.report.sections["weights"] = self.weights.to_dict()
         cast_parameters(model, self._dtype())
+        give_back()  # the freed float weights, which the C library keeps otherwise
         self.report.sections["recipe"] = {
             "steps": list(self.recipe.names),
             "seconds": result.seconds,
@@ -691,7 +797,12 @@ class _Job:
 
     def measure_quantized(self, model: nn.Module, reference: ReferenceLogits) -> None:
         """Compare with the float model's logits; generate from the same prompt."""
-        if self.evaluation is not None:
+        if self.held is not None:
+            self.console.stage("evaluate quantized")
+            found = self.held.compare(model, self.console.bar(_UNITS[self.kind]))
+            self.report.sections["evaluation"] = {"kind": self.kind, **found.to_dict()}
+            self.console.say(found)
+        elif self.evaluation is not None:
             self.console.stage("evaluate quantized")
             bar = self.console.bar("window")
             result = compare(model, self.evaluation, reference, progress=bar)
@@ -738,6 +849,18 @@ class _Job:
         self.samples[f"{key}_tokens_per_second"] = made.new_tokens / made.seconds
         self.console.say(f"{section.prompt} ...{made.text}")
 
+    def _judge(self) -> None:
+        """Hold the figures against the conditions of ``evaluation.fail_if``."""
+        if not self.gate:
+            return
+        figures = dict(self.report.sections["evaluation"])
+        if "kv_cache" in self.report.sections:
+            figures["kv_cache"] = self.report.sections["kv_cache"]
+        self.report.sections["gate"] = {
+            "fail_if": [condition.text for condition in self.gate],
+            "violations": violations(self.gate, figures),
+        }
+
     def finish(self) -> Report:
         """Write the report beside the weights, as JSON and as a page, and print its summary."""
         self.console.stage("done")
@@ -746,8 +869,17 @@ class _Job:
             self.report.sections["generation"] = self.samples
         self.report.sections["resources"] = {
             "seconds": time.perf_counter() - self.start,
+            "cpu_seconds": time.process_time() - self.cpu_start,
             "peak_memory_bytes": peak_memory_bytes(),
         }
+        self.report.sections["preflight"] = compared(
+            self.report.sections["preflight"],
+            {
+                "checkpoint_bytes": self.report.sections["checkpoint"]["weight_file_bytes"],
+                **self.report.sections["resources"],
+            },
+        )
+        self._judge()
         self.report.write(self.output.dir)
         page = report_page(self.output.dir)
         if self.work is not None:

@@ -15,7 +15,7 @@ if __name__ == "__main__":  # until there is something to clean up, Ctrl-C just 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from ptq.command import EXIT_CODES, run_command
-from ptq.config import PRESETS, load_config
+from ptq.config import PRESETS, load_config, with_conditions
 from ptq.report import Console
 
 EPILOG = f"""examples:
@@ -48,7 +48,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--overwrite", action="store_true", help="replace an existing ptq checkpoint"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan and stop; loads no weights"
+        "--dry-run",
+        action="store_true",
+        help="print the plan and what the run will need, and stop; loads no weights",
+    )
+    parser.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="end with exit code 3 where the figures violate it, as in 'kl_mean > 0.05', beside "
+        "evaluation.fail_if of the recipe; the checkpoint is kept; repeatable",
     )
     parser.add_argument("--full-plan", action="store_true", help="one row for each layer")
     mode = parser.add_mutually_exclusive_group()
@@ -76,10 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
             overrides.append(f"output.dir={json.dumps(options.output)}")
         if options.overwrite:
             overrides.append("output.overwrite=true")
-        config = load_config(options.config, overrides)
+        config = with_conditions(load_config(options.config, overrides), options.fail_if)
         report = run(config, dry_run=options.dry_run, full_plan=options.full_plan, console=console)
         if console.mode == "json":
             print(report.to_json())
+        report.check_gate()
 
     return run_command(action, console)
 

@@ -22,7 +22,7 @@ RANKS = {
     "checkpoint": 10, "evaluation": 10, "compilation": 10,
     "compiled_step": 9, "common_subexpressions": 8, "compiled_regions": 8, "likeness": 7,
     "report": 11, "resume": 11, "huggingface": 11,
-    "tuning_cache": 12,
+    "tuning_cache": 12, "preflight": 12,
     "pipeline": 13, "tuning": 13,
     "command": 14, "diagnosis": 14, "mixed_precision": 14,
 }  # fmt: skip

@@ -5,6 +5,7 @@ from ptq.calibrate.chain import BlockCall, NotAChain
 from ptq.calibrate.documents import Document
 from ptq.calibrate.inputs import batches_of, call
 from ptq.calibrate.inside import inputs_of, inputs_of_model, watching
+from ptq.calibrate.sentences import evaluation_sentences, split_sentences
 from ptq.calibrate.sources import load_documents
 from ptq.calibrate.stream import (
     BlockStream,
@@ -36,11 +37,13 @@ __all__ = [
     "call",
     "capture",
     "collect",
+    "evaluation_sentences",
     "evaluation_windows",
     "inputs_of",
     "inputs_of_model",
     "load_documents",
     "outputs_after_blocks",
     "overlap",
+    "split_sentences",
     "watching",
 ]

@@ -68,7 +68,7 @@ def calibration_tokens(config: CalibrationConfig, tokenizer: Any) -> TokenSet:
         )
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(pieces), generator=generator)[: config.samples]
-    return _token_set([pieces[i] for i in order.tolist()], len(documents), config.data)
+    return token_set([pieces[i] for i in order.tolist()], len(documents), config.data)
 
 
 def evaluation_windows(config: EvaluationConfig, tokenizer: Any) -> TokenSet:
@@ -89,7 +89,7 @@ def evaluation_windows(config: EvaluationConfig, tokenizer: Any) -> TokenSet:
             f"evaluation text {', '.join(config.data)} has {len(ids)} tokens, fewer than one "
             f"window of {config.context}; give more text or lower evaluation.context"
         )
-    return _token_set(
+    return token_set(
         list(torch.split(ids[: count * config.context], config.context)),
         len(documents),
         config.data,
@@ -145,7 +145,8 @@ def _chat_ids(document: Document, tokenizer: Any) -> list[int]:
     return ids
 
 
-def _token_set(sequences: list[Tensor], documents: int, source: Sequence[str]) -> TokenSet:
+def token_set(sequences: list[Tensor], documents: int, source: Sequence[str]) -> TokenSet:
+    """The sequences, int64 [T] each, with their hash."""
     digest = hashlib.sha256()
     for sequence in sequences:
         digest.update(len(sequence).to_bytes(8, "little"))

@@ -15,6 +15,7 @@ from ptq.checkpoint.load import load
 from ptq.checkpoint.manifest import Manifest
 from ptq.checkpoint.manifest_read import read_manifest
 from ptq.checkpoint.native_write import save
+from ptq.checkpoint.shards import shard_bytes
 from ptq.checkpoint.target import check_target
 from ptq.checkpoint.verify import not_covered, verify_bytes, verify_files
 
@@ -60,6 +61,7 @@ __all__ = [
     "not_covered",
     "read_manifest",
     "save",
+    "shard_bytes",
     "verify_bytes",
     "verify_files",
 ]

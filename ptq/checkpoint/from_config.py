@@ -2,7 +2,8 @@
 
 transformers builds whatever a config says: a billion blocks, a layer of 10^30 columns, a class
 whose code is to be fetched. So nothing is fetched or run, what is not a number where one is needed
-is an error of one line, and building stops where the model has more parameters than the files could hold.
+is an error of one line, and building stops where the model has more parameters than the files could
+hold.
 """
 
 import threading

@@ -75,7 +75,7 @@ def write_shard(
     Raises:
         OSError: the file exists or cannot be written.
     """
-    order = sorted(tensors, key=lambda key: (-tensors[key].itemsize, key))
+    order = _order(tensors)
     hashes = {}
     with path.open("xb") as file:
         file.write(_header(tensors, order))
@@ -84,6 +84,15 @@ def write_shard(
             file.write(data)
             hashes[key] = hashlib.sha256(data).hexdigest()
     return hashes
+
+
+def file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Size of the file that :func:`write_shard` makes of these tensors, which need no values."""
+    return len(_header(tensors, _order(tensors))) + sum(t.nbytes for t in tensors.values())
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(tensors, key=lambda key: (-tensors[key].itemsize, key))
 
 
 def _with_values(key: str, tensor: Tensor, values: Elsewhere | None) -> Tensor:

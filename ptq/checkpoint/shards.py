@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ptq.checkpoint.manifest import INDEX, WEIGHTS, TensorEntry
-from ptq.checkpoint.shard import Elsewhere, dtype_name, write_shard
+from ptq.checkpoint.shard import Elsewhere, dtype_name, file_bytes, write_shard
 
 
 def write_shards(
@@ -47,6 +47,12 @@ def write_shards(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return entries
+
+
+def shard_bytes(tensors: Mapping[str, Tensor], limit: int) -> list[int]:
+    """Sizes of the files that :func:`write_shards` makes of these tensors, which need no values."""
+    shards = _divide({key: tensor.nbytes for key, tensor in tensors.items()}, limit)
+    return [file_bytes({key: tensors[key] for key in keys}) for keys in shards]
 
 
 def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

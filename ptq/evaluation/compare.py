@@ -13,7 +13,11 @@ from ptq.calibrate import TokenSet, evaluation_windows
 from ptq.config import EvaluationConfig, make_section
 from ptq.errors import CalibrationError
 from ptq.evaluation.cached import CachedLogits
+from ptq.evaluation.encoder import Similarity
+from ptq.evaluation.images import ImageAgreement, ImageSet
+from ptq.evaluation.kind import evaluated_as
 from ptq.evaluation.logits import ReferenceLogits, window_logits
+from ptq.evaluation.others import evaluate_other
 from ptq.evaluation.result import Evaluation, Perplexity, Protocol
 from ptq.evaluation.statistics import TokenStatistics, nll, ratio_interval
 from ptq.kv_cache import CacheSize
@@ -24,7 +28,7 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 
 def evaluate(
     model: nn.Module,
-    data: str | os.PathLike[str] | Sequence[str] | TokenSet,
+    data: str | os.PathLike[str] | Sequence[str] | TokenSet | ImageSet,
     *,
     tokenizer: Any = None,
     reference: nn.Module | ReferenceLogits | None = None,
@@ -32,25 +36,36 @@ def evaluate(
     context: int = 512,
     through_cache: bool = False,
     progress: Progress = iter,
-) -> Evaluation | Perplexity:
-    """Perplexity of a causal language model; with ``reference``, also its distance from it.
+) -> Evaluation | Perplexity | Similarity | ImageAgreement:
+    """Perplexity of a causal language model; with ``reference``, also its distance from it. Of an
+    encoder of text, the similarity of its embeddings with those of ``reference``; of a classifier
+    of images, the agreement with it. Which it is, is found from the model's architecture.
 
     Windows do not overlap, and the first token of each is not scored.
 
     Args:
         data: a file, a directory or a ``datasets`` id (several: a list), which needs
-            ``tokenizer``; or tokens from :func:`ptq.calibrate.evaluation_windows`.
+            ``tokenizer``; or tokens from :func:`ptq.calibrate.evaluation_windows`. For a classifier
+            of images a folder of images, an image, or a ``datasets`` id.
+        tokenizer: the tokenizer, or the image processor.
         reference: the float model, or its recorded logits of the same windows.
-        windows: at most so many are scored.
-        context: tokens a window.
+        windows: at most so many are scored; so many images. An encoder is measured on the first
+            sentences of ``windows * context`` tokens.
+        context: tokens a window; of a sentence at most.
         through_cache: the model reads its quantized cache (:func:`ptq.quantize_cache`), as when it
             generates; else the attention of a window sees float keys and values.
 
     Raises:
         CalibrationError: the data cannot be used.
         ConfigError: ``windows`` or ``context`` is out of range, or there is no quantized cache.
-        UnsupportedError: a model has no next-token logits.
+        UnsupportedError: a model has no next-token logits, and is of no other kind that can be
+            evaluated.
     """
+    kind = evaluated_as(model)
+    if kind != "causal":
+        return evaluate_other(kind, model, data, tokenizer, reference, windows, context, progress)
+    if isinstance(data, ImageSet):
+        raise CalibrationError(f"{type(model).__name__} takes text, not images")
     if not isinstance(data, TokenSet):
         if tokenizer is None:
             raise CalibrationError("evaluating on text needs a tokenizer: pass tokenizer=...")

@@ -90,10 +90,10 @@ class Evaluation:
         ]
 
     def __str__(self) -> str:
-        return _text(self._rows())
+        return as_text(self._rows())
 
     def _repr_html_(self) -> str:
-        return _table(self._rows())
+        return as_table(self._rows())
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ class Perplexity:
         ]
 
     def __str__(self) -> str:
-        return _text(self._rows())
+        return as_text(self._rows())
 
     def _repr_html_(self) -> str:
-        return _table(self._rows())
+        return as_table(self._rows())
 
 
 def _with_cache(found: dict[str, Any], cache: CacheSize | None) -> dict[str, Any]:
@@ -132,12 +132,14 @@ def _cache_row(cache: CacheSize | None) -> list[tuple[str, str]]:
     return [] if cache is None else [("read from the quantized cache", str(cache))]
 
 
-def _text(rows: list[tuple[str, str]]) -> str:
+def as_text(rows: list[tuple[str, str]]) -> str:
+    """Labels and values, aligned."""
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
+def as_table(rows: list[tuple[str, str]]) -> str:
+    """Labels and values as an HTML table."""
     cells = "".join(
         f"<tr><td>{html.escape(label)}</td><td>{html.escape(value)}</td></tr>"
         for label, value in rows

@@ -24,7 +24,7 @@ from ptq.model.replace import (
 from ptq.model.skeleton import fill_computed_buffers, skeleton
 from ptq.model.source import ModelSource, load_model, load_model_config, resolve_device
 from ptq.model.streaming import StreamedModel, stream_model
-from ptq.model.tokenizer import load_tokenizer
+from ptq.model.tokenizer import load_image_processor, load_tokenizer
 from ptq.model.unfold import fold, folded, unfold, unfolded
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "forget_quantization",
     "is_fused_experts",
     "load_float",
+    "load_image_processor",
     "load_model",
     "load_model_config",
     "load_tokenizer",

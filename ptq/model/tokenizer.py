@@ -1,9 +1,9 @@
-"""The tokenizer that comes with a model."""
+"""The tokenizer, or the image processor, that comes with a model."""
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from ptq.errors import ModelError
@@ -34,6 +34,23 @@ def load_tokenizer(source: ModelSource) -> Any:
         reason = " ".join(str(error).split()) or repr(error)
         raise ModelError(
             f"tokenizer of {source}: {reason:.200}; repair its tokenizer files, or remove them"
+        ) from None
+
+
+def load_image_processor(source: ModelSource) -> Any:
+    """What makes a model's input of an image.
+
+    Raises:
+        ModelError: there is none, or transformers cannot read it.
+    """
+    processors: Any = AutoImageProcessor
+    try:
+        return processors.from_pretrained(source.path, **source.arguments)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ModelError(
+            f"image processor of {source}: {reason:.200}; images need preprocessor_config.json "
+            "beside the model"
         ) from None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ptq.checkpoint.target import REPORT
+from ptq.evaluation import require_none
 from ptq.planning import megabytes
 
 
@@ -33,6 +34,14 @@ class Report:
         os.replace(temporary, target)
         return target
 
+    def check_gate(self) -> None:
+        """Refuse a run whose figures violate a condition of ``evaluation.fail_if``.
+
+        Raises:
+            GateError: a line for each.
+        """
+        require_none(self.sections.get("gate", {}).get("violations", ()))
+
     def __str__(self) -> str:
         return "\n".join(_summary(self.sections))
 
@@ -50,7 +59,9 @@ def _summary(s: dict[str, Any]) -> list[str]:
             f"checkpoint {c['directory']} ({megabytes(c['weight_file_bytes'])} of weights)"
         )
         lines.append(f"verified   bit-equal: {c['bit_equal']}")
-    if "evaluation" in s:
+    if "evaluation" in s and "kind" in s["evaluation"]:
+        lines.append(f"quality    {_other_quality(s['evaluation'])}")
+    elif "evaluation" in s:
         e = s["evaluation"]
         high = "unknown" if e["ratio_high"] is None else f"{e['ratio_high']:.4f}"
         lines.append(
@@ -61,6 +72,11 @@ def _summary(s: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append("quality    not measured (no evaluation section in the config)")
+    if "gate" in s:
+        failed = s["gate"]["violations"]
+        lines += [f"gate       FAILED {line}" for line in failed]
+        if not failed:
+            lines.append(f"gate       passed: not {'; not '.join(s['gate']['fail_if'])}")
     if "kv_cache" in s:
         e, cache = s["kv_cache"], s["kv_cache"]["cache"]
         lines.append(
@@ -79,7 +95,34 @@ def _summary(s: dict[str, Any]) -> list[str]:
     if "resources" in s:
         r = s["resources"]
         lines.append(f"cost       {r['seconds']:.0f} s, {r['peak_memory_bytes'] / 1e9:.2f} GB peak")
+    if "measured" in s.get("preflight", {}):
+        lines.append(f"predicted  {_predicted(s['preflight'])}")
     return lines
+
+
+def _other_quality(e: dict[str, Any]) -> str:
+    """Of a model that predicts no next token."""
+    if e["kind"] == "encoder":
+        return (
+            f"cosine with the float embeddings {e['cosine_mean']:.5f}, worst 1% "
+            f"{e['cosine_p01']:.5f}, Spearman of similarities {e['spearman']:.5f} "
+            f"({e['texts']} texts)"
+        )
+    return (
+        f"top-1 agreement {100 * e['top1_agreement']:.1f}%, "
+        f"top-5 {100 * e['top5_agreement']:.1f}%, KL {e['kl_mean']:.4f} ({e['images']} images)"
+    )
+
+
+def _predicted(p: dict[str, Any]) -> str:
+    """What the preflight said, each figure with its error."""
+    errors = p["error_percent"]
+    size = f"{megabytes(p['checkpoint_bytes'])} ({errors['checkpoint_bytes']:+.1f}%)"
+    peak = f"{p['peak_memory_bytes'] / 1e9:.2f} GB ({errors['peak_memory_bytes']:+.0f}%)"
+    if p["seconds"] is None:
+        return f"{size}, {peak}"
+    wall, cpu = errors["seconds"], errors["cpu_seconds"]
+    return f"{size}, {peak}, {p['seconds']:.0f} s ({wall:+.0f}%; {cpu:+.0f}% of processor time)"
 
 
 def _short(text: str) -> str:
@@ -123,3 +166,11 @@ def peak_memory_bytes() -> int:
     """Largest resident set of this process so far (whole process, as the system counts it)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_bytes() -> int:
+    """Resident set of this process now; its peak where the system does not tell (macOS)."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_memory_bytes()
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
