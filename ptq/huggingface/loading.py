@@ -15,6 +15,7 @@ from ptq.checkpoint.values import check_layers
 from ptq.config import KVCacheConfig
 from ptq.errors import CheckpointError
 from ptq.huggingface.contents import Contents, read_contents
+from ptq.huggingface.hashes import check_hashes
 from ptq.huggingface.naming import as_saved, name_in
 from ptq.kernels import aligned
 from ptq.kv_cache import attach_cache
@@ -51,7 +52,7 @@ def prepare(model: PreTrainedModel, section: Mapping[str, Any], files: Sequence[
 
     Raises:
         CheckpointError: the section is damaged or of another model, or a tensor is missing, or not
-            of its shape and dtype.
+            of its shape and dtype, or does not have the hash that its file gives.
     """
     contents = read_contents(files)
     path = contents.root / CONFIG
@@ -67,6 +68,8 @@ def prepare(model: PreTrainedModel, section: Mapping[str, Any], files: Sequence[
     )
     shared = _tie(model, layers, description.aliases, path)
     _check(model, saved, contents, exact)
+    for file in sorted(set(contents.files.values())):
+        check_hashes(file)
     return Prepared(layers, exact, shared, description.kv_cache)
 
 
