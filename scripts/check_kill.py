@@ -3,8 +3,8 @@
 
 A child process saves a model over a checkpoint; it gets SIGKILL at a random moment between the
 beginning of the save and its usual end. Then the directory must load, and every byte of it must be
-that of the old checkpoint or that of the new one. After a save that is left to end, nothing else may
-lie beside it.
+that of the old checkpoint or that of the new one. After a save that is left to end, nothing else
+may lie beside it.
 """
 
 import argparse

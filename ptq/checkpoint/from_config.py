@@ -39,7 +39,7 @@ NONSENSE = (
     ValueError,
 )
 """What transformers raises for values that make no sense; it has no error of its own for them."""
-_FEW = 1000  # parameters that any model may have, however few tensors its files hold
+_FEW = 100  # parameters that any model may have, however few tensors its files hold
 
 
 def load_config(root: Path) -> PretrainedConfig:
