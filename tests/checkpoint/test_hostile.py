@@ -33,7 +33,7 @@ Damage = Callable[[Path], object]
 
 @pytest.fixture(autouse=True)
 def bounds() -> Iterator[None]:
-    """Processor time and addresses, far above what a refusal takes, and far below what it avoids."""
+    """Processor time and addresses: far above what a refusal takes, far below what it avoids."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
 
@@ -151,7 +151,7 @@ FILES: dict[str, tuple[Damage, str]] = {
         "names the file|unhashable|expected str",
     ),
 }
-"""What is wrong in a file, and a word of the error; transformers may find it first, in its words."""
+"""What is wrong in a file, and a word of the error; transformers may find it first."""
 FROM_TRANSFORMERS = (SafetensorError, OSError, TypeError, ValueError)
 
 
