@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Load a quantized checkpoint and the float one, in fresh processes, and report time and memory.
 
-The float checkpoint is what save_pretrained writes of the float model in bfloat16. Loads take turns;
-medians are reported. transformers maps float weights and reads them when they are first used, so the
-time until the first token's logits is given as well, and ``cold`` drops the files from the page
-cache before each load (Linux). Memory is the largest resident set beyond that after the imports.
+The float checkpoint is what save_pretrained writes of the float model in bfloat16. Loads take
+turns; medians are reported. transformers maps float weights and reads them when they are first
+used, so the time until the first token's logits is given as well, and ``cold`` drops the files from
+the page cache before each load (Linux). Memory is the largest resident set beyond that after the
+imports.
 """
 
 import argparse
