@@ -1,7 +1,7 @@
 """The other side of :mod:`ptq.checkpoint.fresh`: a process that knows nothing but a directory.
 
-``python -P -m ptq.checkpoint.fresh_child`` reads a ``Request`` from standard input and answers with a
-``Reply`` on standard output, both JSON (:mod:`ptq.checkpoint.fresh_messages`).
+``python -P -m ptq.checkpoint.fresh_child`` reads a ``Request`` from standard input and answers
+with a ``Reply`` on standard output, both JSON (:mod:`ptq.checkpoint.fresh_messages`).
 """
 
 import json
