@@ -106,7 +106,8 @@ class WeightScheme(Section):
                 data.setdefault("granularity", "group")
             if data.get("granularity") == "group":
                 data.setdefault("scale_dtype", "float16")
-            if data.get("symmetric", True) is True and data.get("format") in _BELOW_EIGHT:
+            below = str(data.get("format")) in _BELOW_EIGHT
+            if data.get("symmetric", True) is True and below:
                 data.setdefault("signed_scale", True)
         return data
 

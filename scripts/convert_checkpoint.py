@@ -54,10 +54,12 @@ def convert(options: argparse.Namespace, console: Console) -> None:
         engine=options.engine,
         scales=options.scales,
         shard_bytes=options.shard_size_mb * 1_000_000,
+        verify="process",
     )
     for note in notes:
         console.say(f"note: {note}")
     console.say(f"written    {options.target} ({options.format}), read back, codes bit-equal")
+    console.say("verified   a fresh process loads it and computes the same bits")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,9 +2,9 @@
 """Damage tiny checkpoints of every format at random, and load them.
 
 What loads, or is refused with a PTQError of one line, is as it should be. Any other error, and a
-load of more than ten seconds, is a finding: it is printed with its traceback, and the damaged
-directory is kept. from_pretrained reads files before ptq sees them: there only an error from ptq's
-own code counts.
+load of more than ten seconds of processor time, is a finding: it is printed with its traceback, and
+the damaged directory is kept. from_pretrained reads files before ptq sees them: there only an error
+from ptq's own code counts.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def stop(*_: object) -> None:
 
 def attempt(reader: Callable[[Path], None], root: Path) -> tuple[str, str | None]:
     """What came of it, and the traceback of a finding."""
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         reader(root)
     except PTQError as error:
@@ -137,7 +137,7 @@ def attempt(reader: Callable[[Path], None], root: Path) -> tuple[str, str | None
     except Exception:  # any other error is what is looked for
         return "finding", traceback.format_exc()
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return "loaded", None
 
 
@@ -147,7 +147,7 @@ def fuzz(options: argparse.Namespace, console: Console) -> int:
     warnings.simplefilter("ignore")
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
-    signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGPROF, stop)
     counts: Counter[tuple[str, str]] = Counter()
     findings: Counter[str] = Counter()
     chance = random.Random(options.seed)

@@ -142,8 +142,10 @@ def damage_tensor(root: Path, chance: Random) -> str:
     fill = {"zeros": b"\x00" * size, "ones": b"\xff" * size, "random": chance.randbytes(size)}
     nan = {"F32": b"\x00\x00\xc0\x7f", "F16": b"\x00\x7e", "BF16": b"\xc0\x7f"}
     unit = nan.get(header[key]["dtype"], b"\x7f")
+    before = hashlib.sha256(raw[first:end]).hexdigest().encode()
     raw[first:end] = fill.get(kind, (unit * size)[:size])
-    path.write_bytes(raw)
+    after = hashlib.sha256(raw[first:end]).hexdigest().encode()
+    path.write_bytes(raw[:start].replace(before, after) + raw[start:])
     manifest = root / MANIFEST
     if manifest.is_file():
         data = json.loads(manifest.read_text())

@@ -36,11 +36,13 @@ def _no_fresh_process(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """What a fresh process is asked for is done in this one, which takes no seconds to start."""
     if "fresh_process" in request.keywords:
         return
-    from ptq.checkpoint import fresh, fresh_child
+    from ptq.checkpoint import fresh
+    from ptq.checkpoint.fresh_child import answer
+    from ptq.checkpoint.fresh_messages import Reply, Request
 
-    def ask(wanted: fresh_child.Request) -> fresh_child.Reply:
-        again = fresh_child.Request(**json.loads(json.dumps(asdict(wanted))))
-        return fresh_child.answer(again)
+    def ask(wanted: Request) -> Reply:
+        again = Request(**json.loads(json.dumps(asdict(wanted))))
+        return answer(again)
 
     monkeypatch.setattr(fresh, "_ask", ask)
 

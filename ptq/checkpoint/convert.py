@@ -13,7 +13,7 @@ from ptq.checkpoint.native_read import recovered
 from ptq.checkpoint.native_write import save
 from ptq.checkpoint.paths import inside
 from ptq.checkpoint.target import check_target
-from ptq.checkpoint.written import Verify
+from ptq.checkpoint.written import Verify, check_how
 from ptq.errors import CheckpointError
 
 CONVERSIONS = ("ptq", compressed_tensors.METHOD, *packed_int32.LAYOUTS)
@@ -51,6 +51,7 @@ def convert(
         UnsupportedError: the format cannot hold a layer, or the engine not load it; it is named.
     """
     root = recovered(Path(source).expanduser())
+    check_how(verify)
     check_target(target, False, 0)
     if _format_of(root) == to:
         raise CheckpointError(f"{root} is in the {to} format already; copy the directory")
@@ -64,7 +65,13 @@ def convert(
     if to in packed_int32.LAYOUTS:
         writer = partial(packed_int32.write, layout=to)
     return notes + writer(
-        model, target, engine=engine, scales=scales, shard_bytes=shard_bytes, carried=carried
+        model,
+        target,
+        engine=engine,
+        scales=scales,
+        shard_bytes=shard_bytes,
+        carried=carried,
+        verify=verify,
     )
 
 

@@ -61,8 +61,7 @@ def empty_model(root: Path) -> PreTrainedModel:
         UnsupportedError: transformers does not have its class.
     """
     config = load_config(root)
-    names = config.architectures or ["model without a class"]
-    return model_of(root, config, str(names[0]))
+    return model_of(root, config, f"model of the class {config.architectures}")
 
 
 def plain_linear(name: str, module: nn.Module) -> nn.Linear:

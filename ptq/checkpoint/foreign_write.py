@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptq.checkpoint.atomic import replacing
+from ptq.checkpoint.fresh import verify_in_fresh_process
 from ptq.checkpoint.shard import Elsewhere, dtype_name
 from ptq.checkpoint.shards import write_shards
 from ptq.checkpoint.side_files import copy_files, write_configs
 from ptq.checkpoint.target import check_target
 from ptq.checkpoint.tensors import distinct_tensors
+from ptq.checkpoint.written import Verify
 from ptq.core import QuantizedWeight, split_rows
 from ptq.errors import CheckpointError, UnsupportedError
 from ptq.kv_cache import cache_settings
@@ -203,6 +205,7 @@ def write_foreign(
     tokenizer: Any,
     shard_bytes: int,
     carried: Mapping[str, Path] | None,
+    verify: Verify = "files",
 ) -> None:
     """Write the directory, read it back with ``read`` and compare, and only then let it appear.
 
@@ -221,7 +224,10 @@ def write_foreign(
                 tokenizer.save_pretrained(str(tmp))
             copy_files(carried or {}, tmp)
             write_shards(tensors, tmp, shard_bytes, total, elsewhere)
-            _check_read_back(checkpoint, read(tmp))
+            loaded = read(tmp)
+            _check_read_back(checkpoint, loaded)
+            if verify == "process":
+                verify_in_fresh_process(tmp, loaded)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint {target} ({total / 1e6:,.0f} MB) could not be written: {error}; "

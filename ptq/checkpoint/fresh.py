@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ptq.checkpoint.atomic import is_ours
 from ptq.checkpoint.free_memory import free_bytes
-from ptq.checkpoint.fresh_child import Reply, Request, Scope, Tuned
+from ptq.checkpoint.fresh_messages import Reply, Request, Scope, Tuned
 from ptq.checkpoint.hashing import tensor_sha256
 from ptq.checkpoint.outputs import (
     Outputs,

@@ -1,19 +1,20 @@
 """The other side of :mod:`ptq.checkpoint.fresh`: a process that knows nothing but a directory.
 
-``python -P -m ptq.checkpoint.fresh_child`` reads a :class:`Request` from standard input and answers
-with a :class:`Reply` on standard output, both JSON.
+``python -P -m ptq.checkpoint.fresh_child`` reads a ``Request`` from standard input and answers
+with a ``Reply`` on standard output, both JSON (:mod:`ptq.checkpoint.fresh_messages`).
 """
 
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ptq.checkpoint.atomic import is_ours
+from ptq.checkpoint.fresh_messages import Reply, Request, Tuned
 from ptq.checkpoint.hashing import tensor_sha256
 from ptq.checkpoint.load import load
 from ptq.checkpoint.lone_layers import lone_layers
@@ -23,45 +24,6 @@ from ptq.checkpoint.verify import verify_bytes
 from ptq.errors import CheckpointError, PTQError
 from ptq.kernels import KERNELS
 from ptq.modules import quantized_layers
-
-Scope = Literal["model", "layers", "tensors"]
-Tuned = dict[str, list[tuple[str, str, list[tuple[int, str]]]]]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to check, and the settings of the asking process on which output bits depend.
-
-    Args:
-        scope: ``model``: load it as :func:`ptq.load` does, and run it; ``layers``: build and run
-            each quantized layer alone; ``tensors``: read and hash everything, run nothing.
-        dtype: of the rows that layers are run on.
-        tuned: measured kernels, by layer: device, dtype, and (first row, kernel) pairs.
-    """
-
-    directory: str
-    scope: Scope
-    device: str
-    threads: int
-    dtype: str
-    matmul_precision: str
-    attention: str | None
-    tuned: Tuned
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What was found.
-
-    Args:
-        error: what is wrong, in one line; None if nothing is.
-        outputs: of the model, or of its layers.
-        computed: hashes of the buffers that are not in the files, by name.
-    """
-
-    error: str | None = None
-    outputs: Outputs = field(default_factory=list)
-    computed: dict[str, str] = field(default_factory=dict)
 
 
 def answer(request: Request) -> Reply:

@@ -1,9 +1,8 @@
 """The empty model that a config.json describes, whoever wrote the file.
 
-transformers builds whatever a config says: a billion blocks, a layer of 10^30 columns, a class
-whose code is to be fetched. So nothing is fetched or run, what is not a number where one is needed
-is an error of one line, and building stops where the model has more parameters than the files could
-hold.
+transformers builds whatever a config says: a billion blocks, a layer of 10^30 columns, a class that
+is to be fetched. So nothing is fetched or run, what is not a number where one is needed is an
+error of one line, and building stops where the model has more parameters than the files could hold.
 """
 
 import threading
@@ -23,7 +22,7 @@ from ptq.checkpoint.manifest import CONFIG, GENERATION_CONFIG
 from ptq.checkpoint.paths import inside
 from ptq.checkpoint.shard import read_header
 from ptq.errors import CheckpointError, ModelError, UnsupportedError
-from ptq.model import skeleton
+from ptq.model import named_class, skeleton
 
 NONSENSE = (
     ArithmeticError,
@@ -40,7 +39,7 @@ NONSENSE = (
     ValueError,
 )
 """What transformers raises for values that make no sense; it has no error of its own for them."""
-_FEW = 1000  # parameters that any model may have, however few tensors its files hold
+_FEW = 100  # parameters that any model may have, however few tensors its files hold
 
 
 def load_config(root: Path) -> PretrainedConfig:
@@ -85,11 +84,7 @@ def model_of(root: Path, config: PretrainedConfig, name: str) -> PreTrainedModel
         UnsupportedError: transformers does not have the class.
         CheckpointError: the config makes no sense, or is not that of the weight files.
     """
-    names = config.architectures
-    cls = None
-    if isinstance(names, list) and names and isinstance(names[0], str) and names[0].isidentifier():
-        cls = getattr(transformers, names[0], None)
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+    if named_class(config) is None:
         raise UnsupportedError(
             f"{root} holds a {name}, which transformers {transformers.__version__} does not have; "
             "ptq does not run code that comes with a model (trust_remote_code): build it and pass "

@@ -83,7 +83,7 @@ def save(
             section = describe(schemes, aliases, cache_settings(model))
             extra = extra_files or {}
             write_side_files(model, tmp, section, tokenizer, extra, carried or {})
-            entries = write_shards(tensors, tmp, shard_bytes, total, elsewhere)
+            entries = write_shards(tensors, tmp, shard_bytes, total, elsewhere, hashed=True)
             manifest = seal(
                 Manifest(
                     format_version=FORMAT_VERSION,

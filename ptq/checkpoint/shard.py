@@ -32,6 +32,8 @@ DTYPES = {
 }  # fmt: skip
 """The dtypes that a checkpoint can hold, by their name in safetensors."""
 
+HASHES_KEY = "ptq_sha256"
+"""Of the tensors' hashes, in the metadata of a weight file."""
 Elsewhere = Mapping[str, Callable[[], Tensor]]
 
 _DAMAGE = (
@@ -62,7 +64,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def write_shard(
-    path: Path, tensors: Mapping[str, Tensor], values: Elsewhere | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    values: Elsewhere | None = None,
+    *,
+    hashed: bool = False,
 ) -> dict[str, str]:
     """Write a new safetensors file; returns the SHA-256 of each tensor's bytes.
 
@@ -71,24 +77,30 @@ def write_shard(
 
     Args:
         values: for tensors on the meta device, by key: what reads the values as they are written.
+        hashed: put the hashes into the header as well, for readers that get this file only.
 
     Raises:
         OSError: the file exists or cannot be written.
     """
     order = _order(tensors)
-    hashes = {}
+    hashes = dict.fromkeys(order, "0" * 64)
     with path.open("xb") as file:
-        file.write(_header(tensors, order))
+        file.write(_header(tensors, order, hashes if hashed else None))
         for key in order:
             data = raw_bytes(_with_values(key, tensors[key], values))
             file.write(data)
             hashes[key] = hashlib.sha256(data).hexdigest()
+        if hashed:
+            file.seek(0)
+            file.write(_header(tensors, order, hashes))
     return hashes
 
 
-def file_bytes(tensors: Mapping[str, Tensor]) -> int:
+def file_bytes(tensors: Mapping[str, Tensor], *, hashed: bool = False) -> int:
     """Size of the file that :func:`write_shard` makes of these tensors, which need no values."""
-    return len(_header(tensors, _order(tensors))) + sum(t.nbytes for t in tensors.values())
+    order = _order(tensors)
+    hashes = dict.fromkeys(order, "0" * 64) if hashed else None
+    return len(_header(tensors, order, hashes)) + sum(t.nbytes for t in tensors.values())
 
 
 def _order(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -103,8 +115,18 @@ def _with_values(key: str, tensor: Tensor, values: Elsewhere | None) -> Tensor:
     return made
 
 
-def _header(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def hashes_text(hashes: Mapping[str, str]) -> str:
+    """The hashes of a file's tensors, as its header has them under :data:`HASHES_KEY`."""
+    return json.dumps(dict(sorted(hashes.items())), separators=(",", ":"))
+
+
+def _header(
+    tensors: Mapping[str, Tensor], order: list[str], hashes: Mapping[str, str] | None
+) -> bytes:
+    metadata = {"format": "pt"}
+    if hashes is not None:
+        metadata[HASHES_KEY] = hashes_text(hashes)
+    header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for key in order:
         tensor = tensors[key]
@@ -150,8 +172,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         return {}
     except OSError as error:
         raise CheckpointError(f"shard {path} cannot be read: {error}") from None
-    metadata = header.get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
+    found: dict[str, str] = header.get("__metadata__", {})
+    return found
 
 
 def strange_header(path: Path) -> str | None:
@@ -167,8 +189,7 @@ def strange_header(path: Path) -> str | None:
     written = (json.dumps(header, separators=(",", ":"), ensure_ascii=a) for a in (True, False))
     if text not in [form.encode() for form in written]:
         return "is not spelled as it was written"
-    metadata = header.get("__metadata__")
-    if not isinstance(metadata, dict) or metadata.get("format") != "pt":
+    if header.get("__metadata__", {}).get("format") != "pt":
         return 'does not say {"format": "pt"}'
     return None
 
@@ -204,6 +225,9 @@ def _check_bounds(header: dict[str, Any], size: int) -> None:
     Raises:
         ValueError, KeyError, TypeError, AttributeError: they do not, or it is no header.
     """
+    metadata = header.get("__metadata__", {})
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata is no text")
     entries = [entry for key, entry in header.items() if key != "__metadata__"]
     end = 0
     for entry in sorted(entries, key=lambda e: (e["data_offsets"][0], e["data_offsets"][1])):

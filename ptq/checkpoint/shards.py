@@ -16,6 +16,8 @@ def write_shards(
     shard_bytes: int,
     total: int,
     elsewhere: Elsewhere,
+    *,
+    hashed: bool = False,
 ) -> dict[str, TensorEntry]:
     """Write tensors as one file or, with an index, several; returns what each file holds.
 
@@ -23,6 +25,7 @@ def write_shards(
         shard_bytes: tensor bytes in one file at most; a larger tensor has a file of its own.
         total: bytes of all tensors.
         elsewhere: for tensors on the meta device: what reads the values, as they are written.
+        hashed: put the hashes into the files' headers.
 
     Raises:
         OSError: a file exists or cannot be written.
@@ -34,7 +37,7 @@ def write_shards(
         if len(shards) > 1:
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         chosen = {key: tensors[key] for key in keys}
-        hashes = write_shard(directory / name, chosen, elsewhere)
+        hashes = write_shard(directory / name, chosen, elsewhere, hashed=hashed)
         for key in keys:
             entries[key] = TensorEntry(
                 dtype=dtype_name(tensors[key].dtype),
@@ -50,9 +53,10 @@ def write_shards(
 
 
 def shard_bytes(tensors: Mapping[str, Tensor], limit: int) -> list[int]:
-    """Sizes of the files that :func:`write_shards` makes of these tensors, which need no values."""
+    """Sizes of the files that :func:`write_shards` makes of these tensors, which need no values, with
+    hashes in their headers."""
     shards = _divide({key: tensor.nbytes for key, tensor in tensors.items()}, limit)
-    return [file_bytes({key: tensors[key] for key in keys}) for keys in shards]
+    return [file_bytes({key: tensors[key] for key in keys}, hashed=True) for keys in shards]
 
 
 def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

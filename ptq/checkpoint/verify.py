@@ -11,7 +11,13 @@ from ptq.checkpoint.json_file import json_object
 from ptq.checkpoint.manifest import MANIFEST, Manifest
 from ptq.checkpoint.manifest_read import check_index, read_manifest
 from ptq.checkpoint.paths import inside
-from ptq.checkpoint.shard import read_metadata, read_tensors, strange_header
+from ptq.checkpoint.shard import (
+    HASHES_KEY,
+    hashes_text,
+    read_metadata,
+    read_tensors,
+    strange_header,
+)
 from ptq.errors import CheckpointError
 
 
@@ -45,7 +51,8 @@ def verify_bytes(directory: str | Path) -> list[str]:
     texts = {shard: read_metadata(inside(root, shard)) for shard in manifest.shards}
     problems += _problems(_check_manifest_text, root, texts)
     for shard, metadata in texts.items():
-        problems += _problems(_check_header_text, inside(root, shard), metadata)
+        hashes = {key: entry.sha256 for key, entry in manifest.in_shard(shard).items()}
+        problems += _problems(_check_header_text, inside(root, shard), metadata, hashes)
     return problems
 
 
@@ -82,10 +89,12 @@ def _check_manifest_text(root: Path, texts: Mapping[str, Mapping[str, str]]) -> 
         )
 
 
-def _check_header_text(path: Path, metadata: Mapping[str, str]) -> None:
+def _check_header_text(path: Path, metadata: Mapping[str, str], hashes: Mapping[str, str]) -> None:
     strange = strange_header(path)
-    if strange is None and not metadata.keys() <= {"format", METADATA_KEY}:
+    if strange is None and not metadata.keys() <= {"format", METADATA_KEY, HASHES_KEY}:
         strange = "has metadata that ptq did not write"
+    if strange is None and metadata.get(HASHES_KEY, hashes_text(hashes)) != hashes_text(hashes):
+        strange = "has other hashes than the manifest"
     if strange is not None:
         raise CheckpointError(f"the header of {path} {strange}; copy the file again")
 

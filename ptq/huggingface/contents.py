@@ -1,5 +1,6 @@
 """What the weight files of a checkpoint hold, from their headers."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,12 @@ def read_contents(files: Sequence[str]) -> Contents:
             f"a ptq checkpoint is read from .safetensors files, here are {list(files)}; give "
             "from_pretrained the directory, without state_dict"
         )
+    root = Path(files[0]).parent
+    if any(Path(os.path.abspath(file)).parent != Path(os.path.abspath(root)) for file in files):
+        raise CheckpointError(
+            f"the index of {root} names weight files in several directories; somebody has changed "
+            "the checkpoint, do not use it"
+        )
     tensors: dict[str, Stored] = {}
     places: dict[str, Path] = {}
     for path in map(Path, files):
@@ -83,4 +90,4 @@ def read_contents(files: Sequence[str]) -> Contents:
                     "checkpoint again"
                 )
             tensors[key], places[key] = stored, path
-    return Contents(Path(files[0]).parent, tensors, places)
+    return Contents(root, tensors, places)

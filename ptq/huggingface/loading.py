@@ -1,5 +1,6 @@
 """From a float model on the meta device to one whose layers await the tensors of a checkpoint."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptq.checkpoint.description import Description, read_description
-from ptq.checkpoint.manifest import CONFIG
+from ptq.checkpoint.json_file import read_json
+from ptq.checkpoint.manifest import CONFIG, INDEX
 from ptq.checkpoint.values import check_layers
 from ptq.config import KVCacheConfig
 from ptq.errors import CheckpointError
 from ptq.huggingface.contents import Contents, read_contents
+from ptq.huggingface.hashes import check_hashes
 from ptq.huggingface.naming import as_saved, name_in
 from ptq.kernels import aligned
 from ptq.kv_cache import attach_cache
@@ -51,10 +54,11 @@ def prepare(model: PreTrainedModel, section: Mapping[str, Any], files: Sequence[
 
     Raises:
         CheckpointError: the section is damaged or of another model, or a tensor is missing, or not
-            of its shape and dtype.
+            of its shape and dtype, or does not have the hash that its file gives.
     """
     contents = read_contents(files)
     path = contents.root / CONFIG
+    _check_directory(model, contents.root)
     description = read_description(section, path)
     saved = as_saved(model)
     unfold(saved)
@@ -67,7 +71,28 @@ def prepare(model: PreTrainedModel, section: Mapping[str, Any], files: Sequence[
     )
     shared = _tie(model, layers, description.aliases, path)
     _check(model, saved, contents, exact)
+    for file in sorted(set(contents.files.values())):
+        check_hashes(file)
     return Prepared(layers, exact, shared, description.kv_cache)
+
+
+def _check_directory(model: PreTrainedModel, root: Path) -> None:
+    """Whether the weights are where the model was asked for, and what JSON is there has each key
+    once; transformers has believed both.
+
+    Raises:
+        CheckpointError: the index leads elsewhere, or a file is damaged.
+    """
+    name = model.config.name_or_path or ""
+    asked = Path(os.path.abspath(name))
+    if name and asked.is_dir() and not Path(os.path.abspath(root)).is_relative_to(asked):
+        raise CheckpointError(
+            f"{asked / INDEX} leads out of its directory, to {root}; somebody has changed the "
+            "checkpoint, do not use it"
+        )
+    for name in (CONFIG, INDEX):
+        if (root / name).is_file():
+            read_json(root / name)
 
 
 def finish(model: PreTrainedModel, prepared: Prepared) -> None:

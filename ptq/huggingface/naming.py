@@ -2,11 +2,10 @@
 
 import copy
 
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptq.model import skeleton
+from ptq.model import named_class, skeleton
 
 
 def name_in(model: PreTrainedModel, name: str) -> str | None:
@@ -35,7 +34,7 @@ def as_saved(model: PreTrainedModel) -> PreTrainedModel:
     transformers loads the checkpoint of one class into another: what only the other has is new, and
     what it does not have is left out. A class that transformers does not know counts as the same.
     """
-    (name, *_) = model.config.architectures or [type(model).__name__]
-    if name == type(model).__name__ or not hasattr(transformers, name):
+    cls = named_class(model.config)
+    if cls is None or cls.__name__ == type(model).__name__:
         return model
     return skeleton(copy.deepcopy(model.config), model.dtype)

@@ -35,7 +35,7 @@ class PtqHfQuantizer(HfQuantizer):
     """Builds the quantized layers of a checkpoint, and writes them.
 
     Loading checks that the files hold every tensor that the model needs, of its shape and, in
-    quantized layers, its dtype. It does not compare hashes; ``ptq.load`` does.
+    quantized layers, its dtype, and that they have the hashes that the files' headers give.
 
     Raises:
         UnsupportedError: ``from_pretrained`` of a float model with a :class:`PtqConfig`.

@@ -21,7 +21,7 @@ from ptq.model.replace import (
     stands_for,
     take_place,
 )
-from ptq.model.skeleton import fill_computed_buffers, skeleton
+from ptq.model.skeleton import fill_computed_buffers, named_class, skeleton
 from ptq.model.source import ModelSource, load_model, load_model_config, resolve_device
 from ptq.model.streaming import StreamedModel, stream_model
 from ptq.model.tokenizer import load_image_processor, load_tokenizer
@@ -49,6 +49,7 @@ __all__ = [
     "load_model_config",
     "load_tokenizer",
     "max_positions",
+    "named_class",
     "names_in_model",
     "read_layers",
     "replace_module",

@@ -10,11 +10,17 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from ptq.errors import ModelError
 
 
+def named_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of transformers that ``config.architectures`` begins with; None if it has none."""
+    names = config.architectures
+    name = names[0] if isinstance(names, list) and names else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    return cls if isinstance(cls, type) and issubclass(cls, PreTrainedModel) else None
+
+
 def model_class(config: PretrainedConfig) -> Any:
     """The class that ``config.architectures`` names, else ``AutoModelForCausalLM``."""
-    names = config.architectures or []
-    cls = getattr(transformers, names[0], None) if names else None
-    return AutoModelForCausalLM if cls is None else cls
+    return named_class(config) or AutoModelForCausalLM
 
 
 def skeleton(

@@ -11,7 +11,8 @@ from torch import nn
 import ptq
 from ptq.checkpoint import fresh, save, verify_bytes
 from ptq.checkpoint.atomic import Siblings
-from ptq.checkpoint.fresh_child import Reply, Request, answer
+from ptq.checkpoint.fresh_child import answer
+from ptq.checkpoint.fresh_messages import Reply, Request
 from ptq.errors import CheckpointError, ConfigError
 from ptq.kernels import Reference
 from tests.helpers import quantize_linears, tiny_bert, tiny_llama

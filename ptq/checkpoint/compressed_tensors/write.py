@@ -26,6 +26,7 @@ from ptq.checkpoint.foreign_write import (
     write_foreign,
 )
 from ptq.checkpoint.vllm import Loads, check_vllm
+from ptq.checkpoint.written import Verify
 from ptq.config import Scheme
 from ptq.model import FileNames
 from ptq.modules import QuantLinear, quantized_modules
@@ -45,6 +46,7 @@ def write(
     tokenizer: Any = None,
     shard_bytes: int = 5_000_000_000,
     carried: Mapping[str, Path] | None = None,
+    verify: Verify = "files",
 ) -> list[str]:
     """Write a quantized transformers model as compressed-tensors, its codes bit for bit.
 
@@ -57,6 +59,7 @@ def write(
             are, so that reading gives the same bits.
         tokenizer: a transformers tokenizer or processor to carry along.
         carried: name in the checkpoint to a file that is copied as it is.
+        verify: ``process``: besides, a fresh process loads it and computes the same outputs.
 
     Returns:
         What was changed, in words; empty if nothing was.
@@ -87,6 +90,7 @@ def write(
             tokenizer=tokenizer,
             shard_bytes=shard_bytes,
             carried=carried,
+            verify=verify,
         )
     return notes + left_out(model)
 

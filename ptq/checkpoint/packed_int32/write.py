@@ -31,6 +31,7 @@ from ptq.checkpoint.packed_int32.read import read
 from ptq.checkpoint.packed_int32.settings import BITS, LayoutName
 from ptq.checkpoint.shard import dtype_name
 from ptq.checkpoint.vllm import check_vllm
+from ptq.checkpoint.written import Verify
 from ptq.errors import UnsupportedError
 from ptq.modules import QuantLinear, quantized_modules
 
@@ -48,6 +49,7 @@ def write(
     tokenizer: Any = None,
     shard_bytes: int = 5_000_000_000,
     carried: Mapping[str, Path] | None = None,
+    verify: Verify = "files",
 ) -> list[str]:
     """Write a quantized transformers model as GPTQ or AWQ, its codes and zero points bit for bit.
 
@@ -60,6 +62,7 @@ def write(
             which is refused if they are float32.
         tokenizer: a transformers tokenizer or processor to carry along.
         carried: name in the checkpoint to a file that is copied as it is.
+        verify: ``process``: besides, a fresh process loads it and computes the same outputs.
 
     Returns:
         What was changed, and what to know, in words; empty if nothing.
@@ -90,6 +93,7 @@ def write(
             tokenizer=tokenizer,
             shard_bytes=shard_bytes,
             carried=carried,
+            verify=verify,
         )
     return notes + _to_know(layers, layout) + left_out(model)
 
