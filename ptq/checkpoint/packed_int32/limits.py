@@ -69,6 +69,11 @@ def _scheme_problem(layer: QuantLinear, layout: LayoutName) -> tuple[str, str] |
             f"rotates its input as it runs, which no reader of {layout} would do",
             "leave the step 'rotation' out of the recipe",
         )
+    if scheme.input_order and layout == "awq":
+        return (
+            "has groups of inputs that are not neighbours (act-order), which awq has no place for",
+            "choose --format gptq or gptq-v2",
+        )
     bits = weights.int_format.bits
     if bits not in BITS[layout]:
         choices = " or ".join(map(str, BITS[layout]))

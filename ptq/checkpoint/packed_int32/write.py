@@ -148,7 +148,7 @@ def _config(
     found = {
         "quant_method": "gptq",
         "checkpoint_format": {"gptq": "gptq", "gptq-v2": "gptq_v2"}[layout],
-        "desc_act": False,
+        "desc_act": any(layer.scheme.input_order for layer in layers.values()),
         "sym": _all_symmetric(layers),
         "lm_head": False,
         **common,
