@@ -366,6 +366,7 @@ class _Job:
     evaluation: TokenSet | None = field(default=None, init=False)
     prompt: Tensor | None = field(default=None, init=False)
     samples: dict[str, Any] = field(default_factory=dict, init=False)
+    card: str | None = field(default=None, init=False)
     notes: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -618,6 +619,7 @@ class _Job:
             overwrite=replaces,
             shard_bytes=self.output.shard_size_mb * 1_000_000,
             elsewhere=None if self.work is None else self.work.elsewhere,
+            card=False,  # when everything is measured
         )
         self.console.outcome = (
             f"the checkpoint {self.output.dir} is whole, but its report.json is missing"
@@ -662,6 +664,8 @@ class _Job:
             self.console.say(result)
             self._measure_cache(model, self.evaluation, reference)
         self._sample(model, "quantized")
+        if isinstance(model, PreTrainedModel):
+            self.card = checkpoint.card_text(model, self.config, self.report.sections)
 
     def _measure_cache(self, model: nn.Module, data: TokenSet, reference: ReferenceLogits) -> None:
         """The same comparison through the quantized cache, and its bytes."""
@@ -695,6 +699,8 @@ class _Job:
             "peak_memory_bytes": peak_memory_bytes(),
         }
         self.report.write(self.output.dir)
+        if self.card is not None:
+            (Path(self.output.dir) / checkpoint.CARD).write_text(self.card, encoding="utf-8")
         if self.work is not None:
             self.work.remove()
         self.console.say(self.report)

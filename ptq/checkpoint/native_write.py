@@ -8,6 +8,7 @@ from torch import nn
 
 from ptq.checkpoint.account import layer_entries, versions
 from ptq.checkpoint.atomic import replacing
+from ptq.checkpoint.card import with_card
 from ptq.checkpoint.description import describe
 from ptq.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -37,6 +38,7 @@ def save(
     extra_files: Mapping[str, str] | None = None,
     carried: Mapping[str, Path] | None = None,
     elsewhere: Elsewhere | None = None,
+    card: bool = True,
 ) -> Manifest:
     """Write a quantized model to a directory: safetensors, config.json and a manifest.
 
@@ -52,6 +54,7 @@ def save(
         carried: name in the checkpoint (with ``/``) to a file that is copied as it is.
         elsewhere: for tensors on the meta device, by their names: what reads the values, one
             tensor at a time as it is written. For models larger than memory.
+        card: write a README.md about a transformers model, if the files above have none.
 
     Raises:
         CheckpointError: nothing in the model is quantized, a tensor cannot be stored, the
@@ -70,7 +73,9 @@ def save(
         with replacing(target, overwrite) as tmp:
             schemes = {name: entry.scheme for name, entry in layers.items()}
             section = describe(schemes, aliases, cache_settings(model))
-            extra = extra_files or {}
+            extra = dict(extra_files or {})
+            if card:
+                extra = with_card(model, config, extra, carried or {})
             write_side_files(model, tmp, section, tokenizer, extra, carried or {})
             entries = write_shards(tensors, tmp, shard_bytes, total, elsewhere)
             manifest = seal(
