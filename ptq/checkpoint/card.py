@@ -17,7 +17,7 @@ from ptq.modules import quantized_modules
 
 CARD = "README.md"
 _MARK = "<!-- written by ptq: "
-_TASKS = {
+_TASKS: dict[str, Any] = {
     "text-generation": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "fill-mask": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
