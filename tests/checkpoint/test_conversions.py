@@ -8,7 +8,7 @@ import pytest
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import ptq
-from ptq.checkpoint import CHECKPOINT_FORMATS, CONVERSIONS, assert_same, convert
+from ptq.checkpoint import CHECKPOINT_FORMATS, CONVERSIONS, assert_same, convert, vllm
 from ptq.checkpoint.foreign import READ, REMEDIES, method_of
 from ptq.errors import CheckpointError, UnsupportedError
 from tests.helpers import quantize_linears, tiny_llama
@@ -29,14 +29,19 @@ def test_every_pair(tmp_path: Path, first: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_one_after_the_other(tmp_path: Path, family: str) -> None:
-    scheme = "w4a16-g16" if family == "mixtral" else "w4a16-g16-asym"
+def test_one_after_the_other(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixtures as vLLM loads them, but for its tiles."""
+    scheme = "w4a16-g32" if family == "mixtral" else "w4a16-g16-asym"
+    engine = "vllm" if family == "mixtral" else "transformers"
+    monkeypatch.setattr(vllm, "_COLUMNS", 1)
+    monkeypatch.setattr(vllm, "_ROWS", 1)
     model = float_model(family)
     ptq.quantize(model, scheme)
     ptq.save(model, tmp_path / "0")
     chain = ("compressed-tensors", "gptq-v2", "awq", "gptq", "compressed-tensors", "ptq")
     for number, name in enumerate(chain):
-        convert(tmp_path / str(number), tmp_path / str(number + 1), name, **OPTIONS)
+        options = {**OPTIONS, "engine": engine}
+        convert(tmp_path / str(number), tmp_path / str(number + 1), name, **options)
     assert_same(model, ptq.load(tmp_path / str(len(chain))))
 
 
