@@ -173,6 +173,11 @@ class Scheme(Section):
         description="how the input's channels are mixed before they are quantized; decided by the "
         "recipe's step rotation",
     )
+    input_order: bool = Field(
+        False,
+        description="the weights of a group are of inputs that are not neighbours (act-order), so "
+        "that the layer sorts its input; read from checkpoints of other toolkits",
+    )
 
     @model_validator(mode="after")
     def _one_kind_of_number(self) -> Self:
@@ -191,7 +196,8 @@ class Scheme(Section):
         text += "" if w.symmetric else "-asym"
         if a is not None:
             text += ("-static" if a.mode == "static" else "") + ("" if a.symmetric else "-aasym")
-        return text + ("" if self.input_rotation is None else "-rotated")
+        text += "" if self.input_rotation is None else "-rotated"
+        return text + ("-actorder" if self.input_order else "")
 
 
 def preset(name: str) -> Scheme:
@@ -495,6 +501,16 @@ class QuantizationConfig(Section):
             raise ValueError(
                 "input_rotation is decided for each layer by the recipe; "
                 "leave it out of the scheme and add the step: recipe: [rotation, rtn]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _order_is_read(self) -> Self:
+        schemes = (self.scheme, self.embeddings, *(rule.scheme for rule in self.rules))
+        if any(scheme is not None and scheme.input_order for scheme in schemes):
+            raise ValueError(
+                "input_order is what a checkpoint of another toolkit has; leave it out: gptq "
+                "chooses the order of its columns by itself and keeps groups of neighbours"
             )
         return self
 

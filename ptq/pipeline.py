@@ -425,6 +425,7 @@ class _Job:
     samples: dict[str, Any] = field(default_factory=dict, init=False)
     weights: WeightRecorder = field(default_factory=WeightRecorder, init=False)
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
+    card: str | None = field(default=None, init=False)
     notes: list[str] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -762,6 +763,7 @@ class _Job:
             elsewhere=None if self.work is None else self.work.elsewhere,
             verify=self.output.verify,
             say=verified.append,
+            card=False,  # when everything is measured
         )
         self.console.say(f"bit-equal: {verified[0]}")
         if manifest.total_tensor_bytes != self.plan.bytes_after:
@@ -811,6 +813,8 @@ class _Job:
             self._look_closer(model, result, self.evaluation)
             self._measure_cache(model, self.evaluation, reference)
         self._sample(model, "quantized")
+        if isinstance(model, PreTrainedModel):
+            self.card = checkpoint.card_text(model, self.config, self.report.sections)
 
     def _look_closer(self, model: nn.Module, result: Evaluation, data: TokenSet) -> None:
         """Which tokens came out differently, what the layers read, and what it takes of time."""
@@ -881,6 +885,8 @@ class _Job:
         )
         self._judge()
         self.report.write(self.output.dir)
+        if self.card is not None:
+            (Path(self.output.dir) / checkpoint.CARD).write_text(self.card, encoding="utf-8")
         page = report_page(self.output.dir)
         if self.work is not None:
             self.work.remove()

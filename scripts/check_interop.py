@@ -70,8 +70,8 @@ WRITTEN = {
     "w3a16-g32-asym": "transformers",
 }
 """Schemes, and the engine whose limits they keep."""
-EXPERTS = ("w4a16-g32", "w8a16", "w8a8", "fp8")
-"""Schemes for mixtures; transformers does not load w8a8."""
+EXPERTS = ("w4a16-g32", "w8a16", "fp8")
+"""Schemes for mixtures; transformers does not load int8 experts (w8a8)."""
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 512,

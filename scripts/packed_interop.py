@@ -36,6 +36,7 @@ MADE = (
     "gptq w4a16",
     "gptq-v2 w4a16-g64-asym",
     "gptq w4a16-g64-asym",
+    "gptq w4a16-g64 (act-order)",
     "awq w4a16-g64-asym",
 )
 """Formats and schemes that the peer's script knows."""

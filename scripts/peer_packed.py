@@ -34,6 +34,9 @@ MADE: dict[str, dict[str, Any]] = {
         "bits": 4, "group_size": 64, "sym": False, "format": FORMAT.GPTQ_V2,
     },
     "gptq w4a16-g64-asym": {"bits": 4, "group_size": 64, "sym": False, "format": FORMAT.GPTQ},
+    "gptq w4a16-g64 (act-order)": {
+        "bits": 4, "group_size": 64, "desc_act": True, "act_group_aware": False,
+    },
     "awq w4a16-g64-asym": {
         "bits": 4, "group_size": 64, "sym": False, "quant_method": METHOD.AWQ,
         "format": FORMAT.GEMM,
@@ -66,7 +69,7 @@ def make(options: argparse.Namespace, rows: list[list[int]]) -> None:
     words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))  # not used, but asked for
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a", eos_token="a")
     tokenizer.save_pretrained(options.model)
-    config = QuantizeConfig(desc_act=False, **MADE[options.scheme])
+    config = QuantizeConfig(**{"desc_act": False, **MADE[options.scheme]})
     model = GPTQModel.load(str(options.model), config, device="cpu")
     data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
     model.quantize(data, batch_size=1, backend=BACKEND.TORCH)

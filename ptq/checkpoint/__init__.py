@@ -7,6 +7,7 @@ from functools import partial
 from torch import nn
 
 from ptq.checkpoint import compressed_tensors, packed_int32
+from ptq.checkpoint.card import CARD, card_text
 from ptq.checkpoint.compare import assert_same
 from ptq.checkpoint.convert import CONVERSIONS, convert
 from ptq.checkpoint.declare import declare_quantized
@@ -48,11 +49,13 @@ CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
 """Those of other toolkits refuse schemes that they have no place for (``UnsupportedError``)."""
 
 __all__ = [
+    "CARD",
     "CHECKPOINT_FORMATS",
     "CONVERSIONS",
     "CheckpointFormat",
     "Manifest",
     "assert_same",
+    "card_text",
     "check_target",
     "convert",
     "declare_quantized",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ptq.checkpoint import compressed_tensors, packed_int32
 from ptq.checkpoint.atomic import is_ours
+from ptq.checkpoint.card import CARD, is_own_card
 from ptq.checkpoint.foreign import method_of, quantization_of
 from ptq.checkpoint.load import load
 from ptq.checkpoint.manifest import CONFIG, GENERATION_CONFIG, INDEX, MANIFEST
@@ -90,6 +91,8 @@ def _side_files(root: Path) -> tuple[dict[str, Path], list[str]]:
         name = path.relative_to(root).as_posix()
         if not path.is_file() or name in _MADE_ANEW or path.suffix == ".safetensors":
             continue
+        if name == CARD and is_own_card(path):
+            continue  # of the other format
         if path.suffix in _LEFT or name in _OF_OTHERS:
             left.append(name)
         else:

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 
+from ptq.checkpoint.card import tags
 from ptq.checkpoint.description import describe
 from ptq.checkpoint.tensors import distinct_tensors
 from ptq.kv_cache import cache_settings
@@ -16,7 +17,7 @@ def declare_quantized(model: nn.Module) -> None:
     """Make ``model.save_pretrained`` of a transformers model with quantized layers write a ptq
     checkpoint; nothing is done to other models.
 
-    Sets ``model.config.quantization_config`` and ``model.hf_quantizer``.
+    Sets ``model.config.quantization_config`` and ``model.hf_quantizer``, and adds model tags.
 
     Raises:
         CheckpointError: a tensor cannot be stored; it is named.
@@ -30,3 +31,4 @@ def declare_quantized(model: nn.Module) -> None:
     config: Any = AutoQuantizationConfig.from_dict(section)
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config)
+    model.add_model_tags(tags(model))  # for the card that push_to_hub writes

@@ -8,6 +8,7 @@ from torch import nn
 
 from ptq.checkpoint.account import layer_entries, versions
 from ptq.checkpoint.atomic import replacing
+from ptq.checkpoint.card import with_card
 from ptq.checkpoint.description import describe
 from ptq.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -40,6 +41,7 @@ def save(
     elsewhere: Elsewhere | None = None,
     verify: Verify = "files",
     say: Callable[[str], object] = lambda text: None,
+    card: bool = True,
 ) -> Manifest:
     """Write a quantized model to a directory: safetensors, config.json and a manifest.
 
@@ -61,6 +63,7 @@ def save(
             seconds more (:func:`~ptq.checkpoint.fresh.verify_in_fresh_process` says what cannot be
             compared for which models).
         say: told in words what was compared.
+        card: write a README.md about a transformers model, if the files above have none.
 
     Raises:
         CheckpointError: nothing in the model is quantized, a tensor cannot be stored, the
@@ -81,7 +84,9 @@ def save(
         with replacing(target, overwrite) as tmp:
             schemes = {name: entry.scheme for name, entry in layers.items()}
             section = describe(schemes, aliases, cache_settings(model))
-            extra = extra_files or {}
+            extra = dict(extra_files or {})
+            if card:
+                extra = with_card(model, config, extra, carried or {})
             write_side_files(model, tmp, section, tokenizer, extra, carried or {})
             entries = write_shards(tensors, tmp, shard_bytes, total, elsewhere, hashed=True)
             manifest = seal(

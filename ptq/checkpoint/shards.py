@@ -53,8 +53,8 @@ def write_shards(
 
 
 def shard_bytes(tensors: Mapping[str, Tensor], limit: int) -> list[int]:
-    """Sizes of the files that :func:`write_shards` makes of these tensors, which need no values, with
-    hashes in their headers."""
+    """Sizes of the files, with hashes in their headers, that :func:`write_shards` makes of these
+    tensors, which need no values."""
     shards = _divide({key: tensor.nbytes for key, tensor in tensors.items()}, limit)
     return [file_bytes({key: tensors[key] for key in keys}, hashed=True) for keys in shards]
 

@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 from ptq.checkpoint.atomic import is_free, is_ours, recover
-from ptq.checkpoint.manifest import INDEX, MANIFEST
+from ptq.checkpoint.card import CARD, is_own_card
+from ptq.checkpoint.hashing import file_entry
+from ptq.checkpoint.manifest import INDEX, MANIFEST, Manifest
 from ptq.checkpoint.manifest_read import read_manifest
 from ptq.errors import CheckpointError
 
@@ -69,18 +71,26 @@ def _check_only_ours(target: Path) -> None:
     """Overwriting removes the directory: nothing may be in it that ptq did not write."""
     manifest = read_manifest(target)
     known = {*manifest.files, *(entry.shard for entry in manifest.tensors.values())}
-    known |= {MANIFEST, INDEX, REPORT, PAGE, *BESIDE}
+    known |= {MANIFEST, INDEX, REPORT, PAGE, CARD, *BESIDE}
     try:
         paths = sorted(target.rglob("*"))
     except OSError as error:
         raise CheckpointError(f"{target} cannot be listed: {error}; choose another") from None
     for path in paths:
         name = path.relative_to(target).as_posix()
+        if name == CARD and not _is_ours(path, manifest):
+            known.discard(name)
         if not path.is_dir() and name not in known:
             raise CheckpointError(
                 f"{target} holds {name}, which ptq did not write and would remove; "
                 "move it away, or choose another directory"
             )
+
+
+def _is_ours(card: Path, manifest: Manifest) -> bool:
+    """Whether a card is as it was written, with the checkpoint or by a run that measured it."""
+    written = manifest.files.get(CARD)
+    return is_own_card(card) or (written is not None and file_entry(card) == written)
 
 
 def _existing(target: Path) -> Path:

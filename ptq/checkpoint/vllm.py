@@ -20,6 +20,12 @@ GROUP_SIZES = (32, 64, 128)
 _ROWS, _COLUMNS = 64, 128  # what Marlin's tiles divide
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 """Layers of one parent that vLLM makes one matrix of."""
+_ONE_FOR_ALL = {
+    "input_scale": "choose dynamic activations (w8a8)",
+    "input_zero_point": "choose dynamic activations (w8a8)",
+    "input_order": "quantize again without act-order",
+}
+"""What these layers must have in common, and what to do where they do not."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def check_vllm(model: nn.Module, layers: Mapping[str, QuantLinear], loads: Loads
             raise _vllm(name, *problem)
     fused = list(fused_layers(model))
     for names in fused:
-        _check_alike(model, names)
+        check_alike(model, names)
     together = {name for names in fused for name in names}
     for names in [*fused, *([name] for name in layers if name not in together)]:
         if loads.tiles:
@@ -125,7 +131,7 @@ def _check_experts(model: nn.Module, loads: Loads) -> None:
                 problem = _expert(layer, loads) if isinstance(layer, QuantLinear) else None
                 if problem is not None:
                     raise _vllm(f"{name}.{leaf}", *problem)
-            _check_alike(model, [f"{name}.{leaf}" for leaf, _ in _linears(module)])
+            check_alike(model, [f"{name}.{leaf}" for leaf, _ in _linears(module)])
         own = module.parameters(recurse=False)
         if type(module).__name__.endswith("Experts") and any(p.dim() == 3 for p in own):
             raise _vllm(
@@ -169,7 +175,12 @@ def fused_layers(model: nn.Module) -> Iterator[list[str]]:
                 yield [prefix + leaf for leaf in found]
 
 
-def _check_alike(model: nn.Module, names: list[str]) -> None:
+def check_alike(model: nn.Module, names: list[str]) -> None:
+    """Whether these layers, which become one, have the same scheme and what goes with it.
+
+    Raises:
+        UnsupportedError: they do not; the first one is named.
+    """
     kinds = defaultdict(list)
     for name in names:
         module = model.get_submodule(name)
@@ -177,14 +188,14 @@ def _check_alike(model: nn.Module, names: list[str]) -> None:
     if len(kinds) > 1:
         said = ", ".join(f"{own[0]} is {kind}" for kind, own in kinds.items())
         raise _vllm(names[0], f"becomes one with its siblings, but {said}", "give them one scheme")
-    for field in ("input_scale", "input_zero_point"):
+    for field, remedy in _ONE_FOR_ALL.items():
         values = [getattr(model.get_submodule(name), field, None) for name in names]
         given = [value for value in values if isinstance(value, torch.Tensor)]
         if any(not torch.equal(value, given[0]) for value in given):
             raise _vllm(
                 names[0],
                 f"becomes one with its siblings, whose {field} is another",
-                "choose dynamic activations (w8a8)",
+                remedy,
             )
 
 

@@ -25,6 +25,9 @@ class QuantizedWeight:
         shape: (N, K).
         input_scale: float32 scalar, the static scale of the layer's input, or None.
         input_zero_point: int32 scalar, or None.
+        input_order: int32 [K], a permutation: which input each column of the codes is for (GPTQ's
+            act-order); None: the inputs are in order. What reads the codes is given the inputs in
+            this order, and ``dequantize`` gives columns in it.
 
     Raises:
         ValueError: a shape or dtype breaks these rules.
@@ -38,6 +41,7 @@ class QuantizedWeight:
     shape: tuple[int, int]
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
+    input_order: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
@@ -60,6 +64,8 @@ class QuantizedWeight:
             _check("input_scale", self.input_scale, (), (torch.float32,))
         if self.input_zero_point is not None:
             _check("input_zero_point", self.input_zero_point, (), (torch.int32,))
+        if self.input_order is not None:
+            _check("input_order", self.input_order, (columns,), (torch.int32,))
 
     @classmethod
     def from_codes(
@@ -92,6 +98,7 @@ class QuantizedWeight:
             self.zero_point,
             self.input_scale,
             self.input_zero_point,
+            self.input_order,
         )
         return sum(t.nbytes for t in tensors if t is not None)
 

@@ -43,7 +43,7 @@ def join_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     first = parts[0]
     if len(parts) == 1:
         return first
-    for name in ("input_scale", "input_zero_point"):
+    for name in ("input_scale", "input_zero_point", "input_order"):
         if not _alike([getattr(part, name) for part in parts]):
             raise ValueError(f"they have different values of {name}")
     scale, zero_point = first.scale, first.zero_point

@@ -45,7 +45,7 @@ class ModelSource:
         if options.id.startswith("package:"):
             return cls._local(_in_package(options.id), options)
         path = Path(options.id).expanduser()
-        named = options.id.startswith((".", "/", "~")) or path.suffix == ".gguf"
+        named = options.id.startswith((".", "/", "~")) or path.suffix.lower() == ".gguf"
         if named or path.exists() or (path.parent != Path() and path.parent.is_dir()):
             return cls._local(path, options)
         return cls(options.id, None, options)
@@ -57,7 +57,7 @@ class ModelSource:
         if path.is_dir():
             _check_directory(path)
             return cls(str(path), None, options)
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise ModelError(f"model: {path} is neither a model directory nor a .gguf file")
         _check_gguf(path)
         return cls(str(path.parent), path.name, options)
@@ -96,7 +96,9 @@ def _in_package(identifier: str) -> Path:
 
 def _check_directory(path: Path) -> None:
     if not (path / "config.json").is_file():
-        raise ModelError(f"model: {path} has no config.json, so it is not a model directory")
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() == ".gguf")
+        hint = f"; give the file: {found[0]}" if found else ""
+        raise ModelError(f"model: {path} has no config.json, so it is not a model directory{hint}")
     for shard in sorted(path.glob("*.safetensors")):
         try:
             with safe_open(shard, framework="pt") as file:
@@ -123,6 +125,13 @@ def _check_gguf(path: Path) -> None:
         raise ModelError(f"{path} is not a whole GGUF file ({error}); download it again") from None
     if short:
         raise ModelError(f"{path} is cut off: tensor {short[0]} ends beyond the file")
+    split = reader.get_field("split.count")
+    count = 1 if split is None else int(split.contents())
+    if count > 1:
+        raise ModelError(
+            f"{path} is one of {count} parts of a model, and transformers reads one file; put them "
+            "together: llama-gguf-split --merge FIRST_PART WHOLE.gguf"
+        )
 
 
 def load_model_config(source: ModelSource) -> PretrainedConfig:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ptq.config import Scheme
 from ptq.core import QuantizedWeight, packed_width
 
-BUFFERS = ("codes", "scale", "zero_point", "input_scale", "input_zero_point")
+BUFFERS = ("codes", "scale", "zero_point", "input_scale", "input_zero_point", "input_order")
 
 
 def buffers_of(weight: QuantizedWeight) -> dict[str, Tensor | None]:
@@ -21,6 +21,7 @@ def buffers_of(weight: QuantizedWeight) -> dict[str, Tensor | None]:
         weight.zero_point,
         weight.input_scale,
         weight.input_zero_point,
+        weight.input_order,
     )
     return dict(zip(BUFFERS, values, strict=True))
 
@@ -40,9 +41,7 @@ def weight_of(
     buffers: Mapping[str, Tensor | None], scheme: Scheme, shape: tuple[int, int]
 ) -> QuantizedWeight:
     """The weight of these tensors, those that are None left out or not; nothing is copied."""
-    codes, scale, zero_point, input_scale, input_zero_point = (
-        buffers.get(name) for name in BUFFERS
-    )
+    codes, scale, zero_point, *of_input = (buffers.get(name) for name in BUFFERS)
     assert codes is not None and scale is not None
     weights = scheme.weights
     return QuantizedWeight(
@@ -52,8 +51,7 @@ def weight_of(
         weights.number_format,
         weights.granularity_value,
         shape,
-        input_scale,
-        input_zero_point,
+        *of_input,
     )
 
 
@@ -78,6 +76,7 @@ def empty_weight(rows: int, columns: int, scheme: Scheme) -> QuantizedWeight:
         (rows, columns),
         empty((), torch.float32, static),
         empty((), torch.int32, static and activations is not None and not activations.symmetric),
+        empty((columns,), torch.int32, scheme.input_order),
     )
 
 

@@ -47,7 +47,7 @@ def join(layers: tuple[QuantLinear, ...], rows: int, dtype: torch.dtype) -> bool
     if any(layer.scheme != scheme or layer.tied_to for layer in layers):
         return False
     static = scheme.activations is not None and scheme.activations.mode == "static"
-    if static or layers[0].quantized_weight.granularity.kind == "tensor":
+    if static or scheme.input_order or layers[0].quantized_weight.granularity.kind == "tensor":
         return False
     device = layers[0].codes.device.type
     kernels = {select(layer.spec(device, dtype, rows)) for layer in layers}

@@ -33,6 +33,7 @@ class QuantLinear(nn.Module):
     zero_point: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
+    input_order: Tensor | None
 
     def __init__(self, weight: QuantizedWeight, scheme: Scheme, bias: Tensor | None = None):
         super().__init__()
@@ -78,9 +79,10 @@ class QuantLinear(nn.Module):
 
     def float_weight(self, dtype: torch.dtype) -> Tensor:
         """What the codes stand for: the weight [out_features, in_features] of an ``nn.Linear``."""
-        if self.rotation is None:
-            return self.quantized_weight.dequantize(dtype)
-        return self.rotation.restored(self.quantized_weight.dequantize()).to(dtype)
+        weight = self.quantized_weight.dequantize(dtype if self.rotation is None else torch.float32)
+        if self.input_order is not None:
+            weight = weight[:, torch.argsort(self.input_order)]
+        return weight if self.rotation is None else self.rotation.restored(weight).to(dtype)
 
     def spec(self, device: str, dtype: torch.dtype, m: int) -> LinearSpec:
         """What a kernel is asked for m rows in this dtype."""
@@ -109,15 +111,16 @@ class QuantLinear(nn.Module):
         """x as the kernel wants it: float, or codes of a dtype (None: the format's own), which
         siblings may have made."""
         scheme = self.scheme.activations
-        if scheme is None and self.rotation is None:
+        if scheme is None and self.rotation is None and self.input_order is None:
             return Activation(rows)
         make = partial(self._new_activation, rows, codes)
         return make() if self.shared_input is None else self.shared_input.get(x, codes, make)
 
     def _new_activation(self, rows: Tensor, codes: torch.dtype | None) -> Activation:
-        rotated = rows if self.rotation is None else self.rotation(rows)
+        rows = rows if self.rotation is None else self.rotation(rows)
+        rows = rows if self.input_order is None else rows.index_select(1, self.input_order)
         scheme = self.scheme.activations
-        return quantize_activation(rotated, scheme, self.input_scale, self.input_zero_point, codes)
+        return quantize_activation(rows, scheme, self.input_scale, self.input_zero_point, codes)
 
     def kernel(self, rows: Tensor) -> Kernel:
         """The kernel for this many rows: the measured choice, or the rule of thumb."""

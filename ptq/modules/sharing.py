@@ -33,12 +33,12 @@ def share_inputs(model: nn.Module) -> None:
     """Let quantized layers of one parent module that quantize alike quantize (and rotate) their
     input once.
 
-    Not with static activations: they have a scale of their own for each layer.
+    Not with static activations or an order of the inputs, which each layer has of its own.
     """
     for parent in model.modules():
         alike: dict[Any, list[QuantLinear]] = defaultdict(list)
         for child in parent.children():
-            if isinstance(child, QuantLinear):
+            if isinstance(child, QuantLinear) and not child.scheme.input_order:
                 activations, rotation = child.scheme.activations, child.scheme.input_rotation
                 dynamic = activations is not None and activations.mode == "dynamic"
                 if dynamic or (activations is None and rotation is not None):

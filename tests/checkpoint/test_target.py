@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ptq.checkpoint import check_target, save
+from ptq.checkpoint.card import is_own_card
 from ptq.errors import CheckpointError
-from tests.helpers import quantize_linears
+from tests.helpers import quantize_linears, tiny_llama
 
 
 def refuses(directory: Path, pattern: str, *, overwrite: bool = True, needed: int = 0) -> None:
@@ -79,6 +80,19 @@ def test_files_beside_a_checkpoint_are_not_removed(tmp_path: Path, foreign: str)
     with pytest.raises(CheckpointError):
         save(model, tmp_path / "out", overwrite=True)
     assert path.read_text() == "mine"
+
+
+def test_a_card_that_was_edited_is_not_removed(tmp_path: Path) -> None:
+    model = quantize_linears(tiny_llama(), "w8a8")
+    save(model, tmp_path / "out")
+    save(model, tmp_path / "out", overwrite=True)
+    card = tmp_path / "out/README.md"
+    card.write_text(card.read_text().replace("quantized with ptq", "quantized with love"))
+    refuses(tmp_path / "out", "holds README.md, which ptq did not write and would remove")
+    save(model, tmp_path / "mine", extra_files={"README.md": "mine"})
+    assert (tmp_path / "mine/README.md").read_text() == "mine"
+    save(model, tmp_path / "mine", overwrite=True)  # as it was given
+    assert is_own_card(tmp_path / "mine/README.md")
 
 
 def test_paths_that_cannot_be(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -54,6 +56,24 @@ def test_a_gguf_file_is_a_float_model(demo_model: str) -> None:
     assert next(model.parameters()).dtype == torch.float32
     assert ptq.plan(model, "w8a8").quantized_share > 0.7
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_gguf_files_with_other_names_and_in_parts(tmp_path: Path) -> None:
+    """A part by itself would be a model with weights missing."""
+    for name, parts in (("Whole.GGUF", 0), ("a-00001-of-00002.gguf", 2)):
+        writer = gguf.GGUFWriter(tmp_path / name, "llama")
+        if parts:
+            writer.add_uint16("split.count", parts)
+        writer.add_tensor("output_norm.weight", np.ones(4, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    assert source(tmp_path / "Whole.GGUF").gguf_file == "Whole.GGUF"
+    with pytest.raises(ModelError, match="00001-of-00002.gguf is one of 2 parts.*--merge"):
+        source(tmp_path / "a-00001-of-00002.gguf")
+    with pytest.raises(ModelError, match="has no config.json.*give the file: .*Whole.GGUF"):
+        source(tmp_path)
 
 
 def test_where_models_are_looked_for(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ptq.checkpoint.act_order import in_groups, order_of
 from ptq.checkpoint.compressed_tensors.groups import Arguments, Group, Layout
 from ptq.checkpoint.compressed_tensors.words import (
     from_words,
@@ -45,6 +46,8 @@ def expected_tensors(group: Group, layout: Layout, rows: int, columns: int) -> d
         shape = (word_count(rows, bits), *scale[1:]) if packed else scale
         kind = torch.int32 if packed else torch.int8
         found["weight_zero_point"] = Expected((kind,), shape)
+    if weights.actorder in ("group", True) and weights.kind == "group":
+        found["weight_g_idx"] = Expected((torch.int32, torch.int64), (columns,), optional=True)
     inputs = group.input_activations
     if inputs is not None and not inputs.dynamic:
         found["input_scale"] = Expected(SCALE_DTYPES, (1,))
@@ -93,6 +96,10 @@ def read_weight(
     scale_shape = gran.scale_shape(shape)
     if zero_point is not None:
         zero_point = _in_range("weight_zero_point", zero_point, fmt.bits).reshape(scale_shape)
+    order = None
+    if "weight_g_idx" in tensors and gran.group_size is not None and isinstance(fmt, IntFormat):
+        order = order_of(tensors["weight_g_idx"], gran.group_size)
+        packed = in_groups(packed, columns, fmt, order)
     return QuantizedWeight(
         packed,
         finite("weight_scale", tensors["weight_scale"]).reshape(scale_shape),
@@ -101,6 +108,7 @@ def read_weight(
         gran,
         shape,
         *_read_input(tensors),
+        input_order=order,
     )
 
 

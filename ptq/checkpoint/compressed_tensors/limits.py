@@ -36,6 +36,13 @@ def check_format(modules: Mapping[str, QuantLinear | QuantEmbedding]) -> dict[st
                 "rotates its input as it runs, which no reader of compressed-tensors would do",
                 "leave the step 'rotation' out of the recipe",
             )
+        if scheme.input_order:
+            raise _refusal(
+                name,
+                "has groups of inputs that are not neighbours (act-order), which the format "
+                "no longer has",
+                "choose --format gptq or gptq-v2",
+            )
         packed = layout_for(scheme) == "pack-quantized"
         if packed and weights.granularity == "tensor" and not weights.symmetric:
             raise _refusal(

@@ -94,4 +94,6 @@ def _made(
 ) -> tuple[QuantizedWeight, Scheme]:
     scale = tensors["weight_scale"]
     scheme = scheme_of(group, name, dtype_name(scale.dtype), bool((scale < 0).any()))
-    return read_weight(tensors, scheme, layout, shape), scheme
+    weight = read_weight(tensors, scheme, layout, shape)
+    ordered = weight.input_order is not None
+    return weight, scheme.model_copy(update={"input_order": ordered})

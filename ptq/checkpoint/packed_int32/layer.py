@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ptq.checkpoint.act_order import groups_of_inputs, in_groups, in_input_order, order_of
 from ptq.checkpoint.foreign_read import FLOATS, Expected, finite
 from ptq.checkpoint.foreign_write import Made, Values, lazily
 from ptq.checkpoint.packed_int32.layouts import (
@@ -73,14 +74,13 @@ def read_weight(
     It is symmetric if all its zero points are in the middle.
 
     Raises:
-        CheckpointError: a scale is no number, or a symmetric layer has other zero points.
-        UnsupportedError: the layer was quantized in act-order, or has zero points that ptq cannot
-            read.
+        CheckpointError: a scale is no number, a symmetric layer has other zero points, or the
+            groups of act-order are not of one size.
+        UnsupportedError: it has zero points that ptq cannot read.
     """
     rows, columns = shape
     size = settings.group(columns)
-    if "g_idx" in tensors:
-        _check_order(tensors["g_idx"], size or columns)
+    order = order_of(tensors["g_idx"], size or columns) if "g_idx" in tensors else None
     scale = finite("scales", tensors["scales"]).t().contiguous()
     zeros = zeros_from_words(tensors["qzeros"], rows, layout, settings.bits)
     symmetric = not bool(zeros.any())
@@ -98,21 +98,15 @@ def read_weight(
                 "group_size": size,
                 "scale_dtype": dtype_name(scale.dtype),
                 "signed_scale": symmetric and bool((scale < 0).any()),
-            }
+            },
+            "input_order": order is not None,
         }
     )
     fmt, gran = scheme.weights.int_format, scheme.weights.granularity_value
     packed = codes_from_words(tensors["qweight"], shape, layout, settings.bits)
-    return QuantizedWeight(packed, scale, None if symmetric else zeros, fmt, gran, shape), scheme
-
-
-def _check_order(g_idx: Tensor, size: int) -> None:
-    wanted = torch.arange(len(g_idx), device=g_idx.device) // size
-    if not torch.equal(g_idx.long(), wanted):
-        raise UnsupportedError(
-            "it was quantized in act-order (desc_act): by g_idx the inputs of a group are not "
-            "neighbours, which ptq cannot load; quantize again with desc_act=False"
-        )
+    packed = in_groups(packed, columns, fmt, order)
+    zero_point = None if symmetric else zeros
+    return QuantizedWeight(packed, scale, zero_point, fmt, gran, shape, input_order=order), scheme
 
 
 def stored_tensors(
@@ -131,7 +125,7 @@ def _values(
 ) -> dict[str, Values]:
     fmt, (_, columns) = weight.format, weight.shape
     assert isinstance(fmt, IntFormat)  # the writer has refused the others
-    size = weight.granularity.group_size or columns
+    size, order = weight.granularity.group_size or columns, weight.input_order
 
     def zeros() -> Tensor:
         if weight.zero_point is not None:
@@ -139,10 +133,12 @@ def _values(
         return torch.zeros_like(weight.scale, dtype=torch.int8)
 
     made: dict[str, Values] = {
-        "qweight": lambda: codes_to_words(weight.packed, columns, fmt, layout),
+        "qweight": lambda: codes_to_words(
+            in_input_order(weight.packed, columns, fmt, order), columns, fmt, layout
+        ),
         "qzeros": lambda: zeros_to_words(zeros(), fmt, layout),
         "scales": lambda: weight.scale.t().contiguous().to(scale_dtype),
     }
     if layout != "awq":
-        made["g_idx"] = lambda: (torch.arange(columns) // size).to(torch.int32)
+        made["g_idx"] = lambda: groups_of_inputs(order, columns, size)
     return made

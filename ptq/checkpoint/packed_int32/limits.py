@@ -11,7 +11,7 @@ from ptq.checkpoint.packed_int32.settings import BITS, LayoutName
 from ptq.checkpoint.vllm import Loads
 from ptq.errors import UnsupportedError
 from ptq.formats import INTEGERS
-from ptq.model import FileNames
+from ptq.model import Experts, FileNames
 from ptq.modules import QuantEmbedding, QuantLinear
 
 VLLM = {
@@ -68,6 +68,11 @@ def _scheme_problem(layer: QuantLinear, layout: LayoutName) -> tuple[str, str] |
         return (
             f"rotates its input as it runs, which no reader of {layout} would do",
             "leave the step 'rotation' out of the recipe",
+        )
+    if scheme.input_order and layout == "awq":
+        return (
+            "has groups of inputs that are not neighbours (act-order), which awq has no place for",
+            "choose --format gptq or gptq-v2",
         )
     bits = weights.int_format.bits
     if bits not in BITS[layout]:
@@ -137,6 +142,22 @@ def check_model(
         _check_names(model, layers)
     else:
         block_list(model, layers)
+
+
+def check_transformers(model: nn.Module, layers: Mapping[str, QuantLinear], layout: str) -> None:
+    """Whether none of these layers is part of fused experts, which transformers would leave random.
+
+    Raises:
+        UnsupportedError: one is; it is named.
+    """
+    owners = [name for name, module in model.named_modules() if isinstance(module, Experts)]
+    for name in layers:
+        if name.startswith(tuple(f"{owner}." for owner in owners)):
+            raise _refusal(
+                name,
+                f"is part of fused experts, which transformers does not load from {layout}",
+                "choose --engine vllm, or --format compressed-tensors",
+            )
 
 
 def _check_names(model: nn.Module, layers: Mapping[str, QuantLinear]) -> None:

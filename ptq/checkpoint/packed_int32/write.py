@@ -25,6 +25,7 @@ from ptq.checkpoint.packed_int32.limits import (
     block_list,
     check_format,
     check_model,
+    check_transformers,
     method_of_layout,
 )
 from ptq.checkpoint.packed_int32.read import read
@@ -80,6 +81,8 @@ def write(
         check_model(model, layers, layout)
         if engine == "vllm":
             check_vllm(model, layers, VLLM[method_of_layout(layout)])
+        else:
+            check_transformers(model, layers, layout)
         if scales == "keep":
             _check_scales(layers, layout)
         dtype = SCALE_DTYPE if scales == "model" else None
@@ -152,7 +155,7 @@ def _config(
     found = {
         "quant_method": "gptq",
         "checkpoint_format": {"gptq": "gptq", "gptq-v2": "gptq_v2"}[layout],
-        "desc_act": False,
+        "desc_act": any(layer.scheme.input_order for layer in layers.values()),
         "sym": _all_symmetric(layers),
         "lm_head": False,
         **common,
