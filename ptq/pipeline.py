@@ -746,9 +746,9 @@ class _Job:
             "peak_memory_bytes": peak_memory_bytes(),
         }
         self.report.write(self.output.dir)
+        page = report_page(self.output.dir)
         if self.work is not None:
             self.work.remove()
-        page = report_page(self.output.dir)
         self.console.say(self.report)
         self.console.say(f"page       {page}")
         return self.report
