@@ -732,6 +732,12 @@ class _Job:
             model, self.config, data, None, self.console, self.streamed, self.work, see
         )
         self.report.sections["weights"] = self.weights.to_dict()
+        missing = len(self.plan.schemes) + len(self.plan.embeddings) - len(self.weights.layers)
+        if missing:
+            self.note(
+                f"{missing} layers were finished by an earlier run: the report has no errors of "
+                "their weights"
+            )
         cast_parameters(model, self._dtype())
         give_back()  # the freed float weights, which the C library keeps otherwise
         self.report.sections["recipe"] = {

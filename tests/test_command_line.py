@@ -588,6 +588,6 @@ def test_every_shipped_config_loads_and_names_only_known_files() -> None:
 def test_checkpoints_hold_no_pickle(recipe: Recipe, tmp_path: Path) -> None:
     assert main("--config", str(recipe(evaluation=None, generation=None)), "--quiet") == 0
     suffixes = {p.suffix for p in (tmp_path / "out").iterdir()}
-    assert suffixes <= {".json", ".safetensors", ".jinja", ".txt", ".model", ".md"}
+    assert suffixes <= {".json", ".safetensors", ".jinja", ".txt", ".model", ".md", ".html"}
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}

@@ -7,6 +7,11 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
+SHOWN = {
+    "quickstart": ("decided by", "QuantLinear", "int4pack", "ratio [95%]", "bit-equal: True"),
+    "report": ("quality    perplexity", "report.html", "image/png"),
+}
+"""What each notebook promises to show."""
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -21,5 +26,5 @@ def test_notebook_runs(path: Path) -> None:
     )
     client.execute()
     shown = str([output for cell in notebook.cells for output in cell.get("outputs", [])])
-    for expected in ("decided by", "QuantLinear", "int4pack", "ratio [95%]", "bit-equal: True"):
+    for expected in SHOWN[path.stem]:
         assert expected in shown

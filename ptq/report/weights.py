@@ -139,7 +139,6 @@ def _in_steps(values: Tensor, weight: QuantizedWeight) -> Tensor:
 
 
 def _count(counts: Tensor, values: Tensor, low: float, high: float) -> None:
-    """Add the values to the counts of equal bins (not histc: its float32 ends at 16 million)."""
-    bins = len(counts)
-    index = ((values - low) * (bins / (high - low))).floor_().clamp_(0, bins - 1)
-    counts += index.flatten().to(torch.int64).bincount(minlength=bins).cpu()
+    """Add at most 16 million values, which float32 counts exactly, to the counts of equal bins."""
+    found = values.clamp(low, high).histc(len(counts), low, high)
+    counts += found.to(torch.int64).cpu()

@@ -123,7 +123,7 @@ def finished(tmp_path: Path, model: Path, text: Path, **changes: object) -> Repo
     [
         ["rtn"],
         ["gptq"],
-        ["gptq", {"name": "learned_rounding", "options": {"iterations": 3}}],
+        ["gptq", {"name": "learned_rounding", "options": {"iterations": 40}}],
         ["gptq", {"name": "distill", "options": {"epochs": 1}}],
     ],
     ids=["plain", "blockwise", "refined", "distilled"],

@@ -125,6 +125,13 @@ def test_killed_at_many_writes_it_gives_the_same_bits(
     assert bool(rotated) == (TURNED in more.get("recipe", ()))
     for key in ("notes", "remedies"):
         assert report.sections["recipe"][key] == whole.sections["recipe"][key]
+    # Errors of weights are known where the float weight was: not of blocks that came from files.
+    errors = {row["name"]: row for row in whole.sections["weights"]["layers"]}
+    last = {row["name"]: row for row in report.sections["weights"]["layers"]}
+    assert set(errors) == set(layers(folder, "out")) > set(last)
+    assert all(errors[name] == row for name, row in last.items())
+    count = len(errors) - len(last)
+    assert f"{count} layers were finished by an earlier run: the report has no" in notes(report)
 
 
 @pytest.mark.parametrize("kind", ["streamed", "distilled"])
