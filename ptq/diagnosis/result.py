@@ -65,6 +65,7 @@ class Diagnosis:
         sum_of_layers: of the layers' own; the difference is what they do together.
         measure: ``kl_nats``, or ``output_error`` of what does not predict tokens.
         scored: tokens that were scored.
+        quantized: how many layers are quantized, measured or not.
     """
 
     layers: tuple[LayerDiagnosis, ...]
@@ -74,6 +75,7 @@ class Diagnosis:
     sum_of_layers: float
     measure: Measure
     scored: int
+    quantized: int
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -127,18 +129,18 @@ class Diagnosis:
         return tables
 
     def _summary(self) -> list[str]:
+        sum_ = f"whole model {self.whole_kl:.4g}, sum of the layers {self.sum_of_layers:.4g}"
+        measured = f"Measured on {self.scored:,} tokens in {self.seconds:.0f} s."
+        notes = [f"Note: {note}" for note in self.notes]
+        if len(self.layers) < self.quantized:
+            return [f"{sum_}, which are {len(self.layers)} of {self.quantized}.", measured, *notes]
         ratio = self.whole_kl / self.sum_of_layers if self.sum_of_layers else 1.0
         together = (
             "the layers' damage adds up"
             if 0.9 <= ratio <= 1.1
             else f"together the layers do {ratio:.2f} times that"
         )
-        return [
-            f"whole model {self.whole_kl:.4g}, sum of the layers {self.sum_of_layers:.4g}: "
-            f"{together}.",
-            f"Measured on {self.scored:,} tokens in {self.seconds:.0f} s.",
-            *(f"Note: {note}" for note in self.notes),
-        ]
+        return [f"{sum_}: {together}.", measured, *notes]
 
 
 _LAYER_HEADER = (
