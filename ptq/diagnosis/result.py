@@ -33,6 +33,7 @@ class LayerDiagnosis:
         saturated_weights, saturated_inputs: shares beyond the ends of the codes.
         range_used: largest share of a static input range that a value reaches; None if dynamic.
         outlier_channels: of its input.
+        fault: the codes have one, beyond rounding: such layers come first, whatever their ``kl``.
         cause: the main one; ``detail`` says it in words.
     """
 
@@ -49,6 +50,7 @@ class LayerDiagnosis:
     saturated_inputs: float
     range_used: float | None
     outlier_channels: tuple[Channel, ...]
+    fault: bool
     cause: Cause
     detail: str
 

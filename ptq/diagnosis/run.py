@@ -158,8 +158,7 @@ class _Work:
         self.console.stage_name = "diagnose"
         bar = self.console.bar("layer")
         found = [self._layer(name, weights[name]) for name in bar(self.suspects)]
-        faulty = {name for name, w in weights.items() if w.fault is not None}
-        return sorted(found, key=lambda x: (x.layer not in faulty or x.cause == "none", -x.kl))
+        return sorted(found, key=lambda x: (not x.fault, -x.kl))
 
     def _examined(self) -> dict[str, WeightFindings]:
         """The weights of every layer; those of blocks with strange ones are looked at again
@@ -213,6 +212,7 @@ class _Work:
             inside.saturated,
             inside.used,
             inside.channels,
+            weights.fault is not None and both > 0,
             cause,
             detail,
         )

@@ -174,6 +174,16 @@ def test_outlier_tokens_are_shown_in_their_text() -> None:
     assert token.magnitude == pytest.approx(hidden.abs().max().item(), rel=1e-4)
 
 
+def test_padding_is_no_outlier() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] *= 1000
+    ids, mask = torch.full((1, 12), 7), torch.ones(1, 12, dtype=torch.int64)
+    ids[0, 9:], mask[0, 9:] = 0, 0
+    found = diagnose(model, [{"input_ids": ids, "attention_mask": mask}], "w8a8", top=0)
+    assert found.tokens == ()
+
+
 def test_an_encoder() -> None:
     found = diagnose(tiny_bert(), data(), "w4a16", top=1)
     assert found.measure == "output_error"
