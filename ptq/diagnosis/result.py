@@ -33,7 +33,8 @@ class LayerDiagnosis:
         saturated_weights, saturated_inputs: shares beyond the ends of the codes.
         range_used: largest share of a static input range that a value reaches; None if dynamic.
         outlier_channels: of its input.
-        fault: the codes have one, beyond rounding: such layers come first, whatever their ``kl``.
+        fault: the codes are not those of the weight, or a static range does not fit the inputs:
+            such layers come first, whatever their ``kl``.
         cause: the main one; ``detail`` says it in words.
     """
 
@@ -60,7 +61,7 @@ class Diagnosis:
     """Which layers damage a quantized model, why, and what helps.
 
     Args:
-        layers: the worst first: those with a fault in their codes, then by ``kl``.
+        layers: the worst first: those with a fault, then by ``kl``.
         tokens: outliers, by their hidden states in the float model.
         remedies: for the worst layers, in that order; of a layer, the largest gain first.
         whole_kl: the divergence of the whole quantized model.

@@ -197,7 +197,7 @@ class _Work:
         if self._saturates(name, weights):
             clipped = self.in_place.distance({name: clipping(suspect)})
         kl = Divergences(both, of_weights, of_inputs, clipped)
-        cause, detail = cause_of(kl, weights, inside)
+        verdict = cause_of(kl, weights, inside)
         return LayerDiagnosis(
             name,
             str(suspect.layer.scheme),
@@ -212,9 +212,9 @@ class _Work:
             inside.saturated,
             inside.used,
             inside.channels,
-            weights.fault is not None and both > 0,
-            cause,
-            detail,
+            verdict.fault,
+            verdict.cause,
+            verdict.detail,
         )
 
     def remedies(self, worst: Sequence[LayerDiagnosis]) -> list[Remedy]:
