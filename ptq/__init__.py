@@ -13,6 +13,7 @@ The story, in the order in which it is told::
     ptq.compile(model)                        # model.generate decodes through one compiled graph
     ptq.quantize_cache(model, "int4")         # model.generate keeps keys and values as integers
     ptq.evaluate(model, "text.txt", tokenizer=tokenizer)  # perplexity
+    ptq.diagnose(float_model, "text.txt", model, tokenizer=tokenizer)  # which layers do damage
     ptq.save(model, "out", tokenizer=tokenizer)  # safetensors and a manifest with hashes
     model = ptq.load("out")                   # every tensor checked
     model = transformers.AutoModelForCausalLM.from_pretrained("out")  # once ptq is imported

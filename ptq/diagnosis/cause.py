@@ -22,7 +22,9 @@ Cause = Literal[
 _MOST = 0.5  # of a divergence, so that a part of it is the cause
 _UNUSED = 0.25  # a static range of which no more is used is too wide
 _FEW = 0.5  # of the codes
-_FAULTY = 0.1  # of the activations' divergence, from which a fault of the weights is the cause
+_FAULTY = 0.1  # of the other part's divergence, from which a fault is the cause
+_SATURATED = 0.05  # of the inputs: clipping observers leave some permille
+_WIDE = 0.125  # of a static range: no more is used
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,37 @@ class Divergences:
     clipping: float
 
 
-def cause_of(kl: Divergences, weights: WeightFindings, inputs: InputFindings) -> tuple[Cause, str]:
-    """The cause, and what was found in words.
+@dataclass(frozen=True)
+class Verdict:
+    """The cause, what was found in words, and whether it is a fault: codes that are not those of
+    the weight, or a static range that no calibration on such inputs gives."""
 
-    Codes that are not those of the float weight come first; then whichever of weights and
-    activations does more damage; and of that, saturation where it alone does most of it.
-    """
+    cause: Cause
+    detail: str
+    fault: bool = False
+
+
+def cause_of(kl: Divergences, weights: WeightFindings, inputs: InputFindings) -> Verdict:
+    """Faults come first; then whichever of weights and activations does more damage; and of that,
+    saturation where it alone does most of it."""
     if kl.both <= 0:
-        return "none", ""
+        return Verdict("none", "")
     if weights.fault is not None and kl.weights >= _FAULTY * kl.activations:
-        return weights.fault, _fault(weights)
+        return Verdict(weights.fault, _fault(weights), True)
+    if kl.activations >= _FAULTY * kl.weights:
+        if inputs.saturated > _SATURATED:
+            return Verdict("input_clipping", _clipped(inputs), True)
+        if inputs.used is not None and inputs.used < _WIDE:
+            return Verdict("input_range", _unused(inputs.used), True)
     if kl.activations > kl.weights:
         return _of_activations(kl, inputs)
     if kl.clipping >= _MOST * kl.weights and weights.saturated > 0:
-        return "weight_clipping", f"{weights.saturated:.2%} of the weights are beyond the codes"
+        detail = f"{weights.saturated:.2%} of the weights are beyond the codes"
+        return Verdict("weight_clipping", detail)
     detail = "" if weights.sqnr_db is None else f"weights {weights.sqnr_db:.1f} dB"
     if weights.levels < _FEW:
         detail += f", {weights.levels:.0%} of the codes are used"
-    return "weight_rounding", detail
+    return Verdict("weight_rounding", detail)
 
 
 _WORDS = {
@@ -73,18 +88,25 @@ def _fault(weights: WeightFindings) -> str:
     return f"{_WORDS[weights.fault]} {weights.detail}, in {weights.parts:.1%} of the scales' parts"
 
 
-def _of_activations(kl: Divergences, inputs: InputFindings) -> tuple[Cause, str]:
+def _of_activations(kl: Divergences, inputs: InputFindings) -> Verdict:
     if inputs.saturated > 0 and kl.clipping >= _MOST * kl.activations:
-        used = "" if inputs.used is None else f", which go up to {inputs.used:.3g} times its end"
-        return "input_clipping", f"{inputs.saturated:.2%} of the inputs saturate{used}"
+        return Verdict("input_clipping", _clipped(inputs))
     if inputs.used is not None and inputs.used < _UNUSED:
-        return "input_range", f"the inputs use {inputs.used:.1%} of the static range"
+        return Verdict("input_range", _unused(inputs.used))
     if inputs.channels:
         first = inputs.channels[0]
-        return (
-            "outlier_channels",
+        detail = (
             f"channel {first.index} reaches {first.magnitude:.3g}, {first.ratio:.0f} times the "
-            "median channel",
+            "median channel"
         )
-    detail = "" if inputs.sqnr_db is None else f"inputs {inputs.sqnr_db:.1f} dB"
-    return "input_rounding", detail
+        return Verdict("outlier_channels", detail)
+    return Verdict("input_rounding", f"inputs {inputs.sqnr_db:.1f} dB" if inputs.sqnr_db else "")
+
+
+def _clipped(inputs: InputFindings) -> str:
+    used = "" if inputs.used is None else f", which go up to {inputs.used:.3g} times its end"
+    return f"{inputs.saturated:.2%} of the inputs saturate{used}"
+
+
+def _unused(used: float) -> str:
+    return f"the inputs use {used:.1%} of the static range"

@@ -33,6 +33,8 @@ class LayerDiagnosis:
         saturated_weights, saturated_inputs: shares beyond the ends of the codes.
         range_used: largest share of a static input range that a value reaches; None if dynamic.
         outlier_channels: of its input.
+        fault: the codes are not those of the weight, or a static range does not fit the inputs:
+            such layers come first, whatever their ``kl``.
         cause: the main one; ``detail`` says it in words.
     """
 
@@ -49,6 +51,7 @@ class LayerDiagnosis:
     saturated_inputs: float
     range_used: float | None
     outlier_channels: tuple[Channel, ...]
+    fault: bool
     cause: Cause
     detail: str
 
@@ -58,13 +61,14 @@ class Diagnosis:
     """Which layers damage a quantized model, why, and what helps.
 
     Args:
-        layers: the worst first: those with a fault in their codes, then by ``kl``.
+        layers: the worst first: those with a fault, then by ``kl``.
         tokens: outliers, by their hidden states in the float model.
         remedies: for the worst layers, in that order; of a layer, the largest gain first.
         whole_kl: the divergence of the whole quantized model.
         sum_of_layers: of the layers' own; the difference is what they do together.
         measure: ``kl_nats``, or ``output_error`` of what does not predict tokens.
         scored: tokens that were scored.
+        quantized: how many layers are quantized, measured or not.
     """
 
     layers: tuple[LayerDiagnosis, ...]
@@ -74,6 +78,7 @@ class Diagnosis:
     sum_of_layers: float
     measure: Measure
     scored: int
+    quantized: int
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -127,18 +132,18 @@ class Diagnosis:
         return tables
 
     def _summary(self) -> list[str]:
+        sum_ = f"whole model {self.whole_kl:.4g}, sum of the layers {self.sum_of_layers:.4g}"
+        measured = f"Measured on {self.scored:,} tokens in {self.seconds:.0f} s."
+        notes = [f"Note: {note}" for note in self.notes]
+        if len(self.layers) < self.quantized:
+            return [f"{sum_}, which are {len(self.layers)} of {self.quantized}.", measured, *notes]
         ratio = self.whole_kl / self.sum_of_layers if self.sum_of_layers else 1.0
         together = (
             "the layers' damage adds up"
             if 0.9 <= ratio <= 1.1
             else f"together the layers do {ratio:.2f} times that"
         )
-        return [
-            f"whole model {self.whole_kl:.4g}, sum of the layers {self.sum_of_layers:.4g}: "
-            f"{together}.",
-            f"Measured on {self.scored:,} tokens in {self.seconds:.0f} s.",
-            *(f"Note: {note}" for note in self.notes),
-        ]
+        return [f"{sum_}: {together}.", measured, *notes]
 
 
 _LAYER_HEADER = (

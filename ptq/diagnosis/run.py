@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ptq.calibrate import TokenSet, evaluation_windows
 from ptq.config import EvaluationConfig, QuantizationConfig, Scheme, make_section
+from ptq.diagnosis.align import align
 from ptq.diagnosis.cause import Divergences, cause_of
 from ptq.diagnosis.inputs import InputFindings, inputs, watch_inputs
 from ptq.diagnosis.ranges import clipping
@@ -79,10 +80,11 @@ def diagnose(
         quantized = made
     names = [name for name, _ in quantized_modules(quantized).items()]
     with unfolded(model, names), torch.no_grad():
-        suspects = _chosen(pair(model, quantized), layers)
+        pairs = pair(model, quantized)
+        suspects = _chosen(pairs, layers)
         before = time.perf_counter()
         in_place = InPlace(model, tokens)
-        work = _Work(in_place, suspects, console, time.perf_counter() - before)
+        work = _Work(in_place, quantized, suspects, console, time.perf_counter() - before)
         found = work.layers(top)
         remedies = work.remedies(found[:top])
         whole = in_place.distance_of(quantized)
@@ -95,8 +97,9 @@ def diagnose(
         sum(layer.kl for layer in found),
         in_place.measure,
         in_place.tokens,
+        len(pairs),
         time.perf_counter() - start,
-        tuple(_notes(quantized, in_place, len(found))),
+        tuple(_notes(quantized, in_place, work.mixed)),
     )
 
 
@@ -134,15 +137,17 @@ class _Work:
     """
 
     in_place: InPlace
+    quantized: nn.Module
     suspects: dict[str, Suspect]
     console: Console
     seconds: float
     seen: dict[str, InputFindings] = field(default_factory=dict, init=False)
+    mixed: list[str] = field(default_factory=list, init=False)
+    """Layers that cannot be compared with the float ones."""
 
     def layers(self, top: int) -> list[LayerDiagnosis]:
         """Every layer, the worst first."""
-        self.seen = watch_inputs(self.in_place, self.suspects, _CHANNEL_RATIO)
-        weights = {n: examine(s, self.seen[n].excess) for n, s in self.suspects.items()}
+        weights = self._examined()
         runs = sum(self._runs(name, weights[name]) for name in self.suspects)
         tried = min(top, len(self.suspects)) * _ATTEMPTS
         self.console.say(
@@ -153,8 +158,26 @@ class _Work:
         self.console.stage_name = "diagnose"
         bar = self.console.bar("layer")
         found = [self._layer(name, weights[name]) for name in bar(self.suspects)]
-        faulty = {name for name, w in weights.items() if w.fault is not None}
-        return sorted(found, key=lambda x: (x.layer not in faulty or x.cause == "none", -x.kl))
+        return sorted(found, key=lambda x: (not x.fault, -x.kl))
+
+    def _examined(self) -> dict[str, WeightFindings]:
+        """The weights of every layer; those of blocks with strange ones are looked at again
+        with the scales that a recipe gave them."""
+        self.seen = watch_inputs(self.in_place, self.suspects, _CHANNEL_RATIO)
+        weights = {n: examine(s, self.seen[n].excess) for n, s in self.suspects.items()}
+        blocks = {self.in_place.block_of(n) for n, w in weights.items() if w.strange}
+        for position in sorted(b for b in blocks if b is not None):
+            inside = {
+                n: s for n, s in self.suspects.items() if self.in_place.block_of(n) == position
+            }
+            aligned, mixed = align(self.in_place, self.quantized, inside, position)
+            for name in mixed:
+                del aligned[name], self.suspects[name], weights[name]
+            self.mixed += mixed
+            self.seen |= watch_inputs(self.in_place, aligned, _CHANNEL_RATIO)
+            self.suspects |= aligned
+            weights |= {n: examine(s, self.seen[n].excess) for n, s in aligned.items()}
+        return weights
 
     def _saturates(self, name: str, weights: WeightFindings) -> bool:
         return weights.saturated > 0 or self.seen[name].saturated > 0
@@ -174,7 +197,7 @@ class _Work:
         if self._saturates(name, weights):
             clipped = self.in_place.distance({name: clipping(suspect)})
         kl = Divergences(both, of_weights, of_inputs, clipped)
-        cause, detail = cause_of(kl, weights, inside)
+        verdict = cause_of(kl, weights, inside)
         return LayerDiagnosis(
             name,
             str(suspect.layer.scheme),
@@ -189,8 +212,9 @@ class _Work:
             inside.saturated,
             inside.used,
             inside.channels,
-            cause,
-            detail,
+            verdict.fault,
+            verdict.cause,
+            verdict.detail,
         )
 
     def remedies(self, worst: Sequence[LayerDiagnosis]) -> list[Remedy]:
@@ -210,15 +234,17 @@ class _Work:
         return found
 
 
-def _notes(quantized: nn.Module, in_place: InPlace, measured: int) -> list[str]:
-    modules = quantized_modules(quantized)
-    embeddings = sum(isinstance(m, QuantEmbedding) for m in modules.values())
+def _notes(quantized: nn.Module, in_place: InPlace, mixed: Sequence[str]) -> list[str]:
+    modules = quantized_modules(quantized).values()
+    embeddings = sum(isinstance(m, QuantEmbedding) for m in modules)
     notes = []
     if embeddings:
         notes.append(f"{embeddings} quantized embeddings count in the whole model only")
-    linears = len(modules) - embeddings
-    if measured < linears:
-        notes.append(f"{measured} of {linears} quantized layers were measured")
+    if mixed:
+        notes.append(
+            f"{len(mixed)} layers such as {mixed[0]} were left out: the recipe mixed the channels "
+            "between them, so they cannot stand in the float model"
+        )
     if in_place.chain is None:
         notes.append(f"the whole model ran for every layer: {in_place.broken}")
     return notes

@@ -34,6 +34,7 @@ class WeightFindings:
         parts: share of the parts (channels or groups) that have it.
         detail: in words: how far off.
         levels: share of the format's codes that are used.
+        strange: there is more error than rounding has, explained or not.
     """
 
     sqnr_db: float | None
@@ -42,6 +43,7 @@ class WeightFindings:
     parts: float
     detail: str
     levels: float
+    strange: bool
 
 
 @torch.no_grad()
@@ -79,6 +81,7 @@ def examine(suspect: Suspect, excess: Tensor) -> WeightFindings:
         faulty.float().mean().item(),
         detail,
         _levels(weight),
+        bool(faulty.any()),
     )
 
 

@@ -36,6 +36,7 @@ def planted(case: Planted, block: str, seed: int = 0) -> tuple[nn.Module, nn.Mod
 
 def named_first(case: Planted, found: Diagnosis, name: str) -> bool:
     first = found.layers[0]
+    assert not any(layer.fault for layer in found.layers[1:])
     return first.layer == name and first.cause in case.causes
 
 
