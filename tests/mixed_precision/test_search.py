@@ -49,7 +49,8 @@ def test_the_script_writes_a_recipe_that_runs(recipe: Path, capsys) -> None:
     out, figures = recipe.with_name("mixed.yaml"), recipe.with_name("search.json")
     arguments = ["--config", str(recipe), "--budget", "as small as w4a16-g16-asym", "--output",
                  str(out), "--schemes", *SCHEMES, "--json", str(figures),
-                 "--sensitivity", str(recipe.with_name("kept")), "--against", "w4a16-g16-asym"]  # fmt: skip
+                 "--sensitivity", str(recipe.with_name("kept")),
+                 "--against", "w4a16-g16-asym"]  # fmt: skip
     assert script.main(arguments) == 0
     first = out.read_text()
     assert script.main(arguments) == 0, capsys.readouterr().err
@@ -152,7 +153,7 @@ def test_real_times(monkeypatch, tmp_path) -> None:
         ("4 bits", {}, ConfigError, "give 4.5 bits to 16 bits, 4 bits are asked"),
         ("5 bits", {"schemes": ["w4"]}, ConfigError, "candidates: unknown scheme 'w4'"),
         ("5 bits", {"schemes": ["w4a16-g64"]}, ConfigError, "none of the candidates w4a16-g64 fit"),
-        ("16 bits", {"schemes": ["float"]}, ConfigError, "float"),
+        ("16 bits", {"rules": []}, ConfigError, "every layer in float"),
         ("5 bits", {"schemes": ["w8a8-static", "w4a16-g16"]}, UnsupportedError, "static"),
         ("5 bits", {"tokenizer": None}, CalibrationError, "tokenizer"),
     ],
@@ -160,6 +161,7 @@ def test_real_times(monkeypatch, tmp_path) -> None:
 def test_refusals(loaded, budget: str, options, kind, words: str) -> None:
     model, tokenizer, config = loaded
     before = {name: p.clone() for name, p in model.named_parameters()}
+    config = config.model_copy(update={"rules": options.pop("rules", config.rules)})
     given = {"schemes": SCHEMES, "tokenizer": tokenizer, "draws": 1, **options}
     with pytest.raises(kind, match=words):
         ptq.search(model, budget, config=config, verify=False, **given)
