@@ -114,7 +114,7 @@ def test_embedding_and_head_take_part_where_allowed(loaded, tied: str) -> None:
         assert layer.scheme == str(layers[layer.layer].scheme or "float")
 
 
-def test_time_is_a_budget(loaded, monkeypatch, tmp_path) -> None:
+def test_time_is_a_budget(loaded, monkeypatch) -> None:
     """Made-up times: 3 bits are slow, so only what is at least as fast as w8a16 is left."""
     model, tokenizer, config = loaded
 
