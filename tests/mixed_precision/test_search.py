@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import bench_sensitivity
 import pytest
 import search as script
 import torch
@@ -207,3 +208,19 @@ def test_a_bound_that_no_trial_keeps() -> None:
         UnsupportedError, match=r"none of 1 configurations .* nearest: 1.5000 at 1.0 MB"
     ):
         within_bound(1.0, 3, attempt)
+
+
+def test_prediction_and_exact_agree_on_the_ranking(recipe: Path, capsys) -> None:
+    """As scripts/bench_sensitivity.py measures it, on the tiny model."""
+    figures = recipe.with_name("sensitivity.json")
+    assert bench_sensitivity.main(
+        ["--model", str(recipe.with_name("model")), "--data", str(recipe.with_name("calibration.txt")),
+         "--schemes", "w4a16-g16-asym", "w8a8", "--windows", "4", "--exact-windows", "4",
+         "--context", "64", "--json", str(figures)]
+    ) == 0  # fmt: skip
+    rows = json.loads(figures.read_text())
+    assert len(rows) == 28
+    logs = torch.tensor([[row["exact"], row["predicted"]] for row in rows]).log()
+    assert torch.corrcoef(logs.T)[0, 1] > 0.9
+    assert (logs[:, 0] - logs[:, 1]).mean().abs() < 0.5  # and the size is right
+    assert capsys.readouterr().out.count("Spearman") == 2
