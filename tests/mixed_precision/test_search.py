@@ -214,8 +214,8 @@ def test_prediction_and_exact_agree_on_the_ranking(recipe: Path, capsys) -> None
     """As scripts/bench_sensitivity.py measures it, on the tiny model."""
     figures = recipe.with_name("sensitivity.json")
     assert bench_sensitivity.main(
-        ["--model", str(recipe.with_name("model")), "--data", str(recipe.with_name("calibration.txt")),
-         "--schemes", "w4a16-g16-asym", "w8a8", "--windows", "4", "--exact-windows", "4",
+        ["--model", str(recipe.with_name("model")),
+         "--data", str(recipe.with_name("calibration.txt")), "--schemes", "w4a16-g16-asym", "w8a8", "--windows", "4", "--exact-windows", "4",
          "--context", "64", "--json", str(figures)]
     ) == 0  # fmt: skip
     rows = json.loads(figures.read_text())
