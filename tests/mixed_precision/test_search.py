@@ -213,11 +213,11 @@ def test_a_bound_that_no_trial_keeps() -> None:
 def test_prediction_and_exact_agree_on_the_ranking(recipe: Path, capsys) -> None:
     """As scripts/bench_sensitivity.py measures it, on the tiny model."""
     figures = recipe.with_name("sensitivity.json")
-    assert bench_sensitivity.main(
-        ["--model", str(recipe.with_name("model")),
-         "--data", str(recipe.with_name("calibration.txt")), "--schemes", "w4a16-g16-asym", "w8a8", "--windows", "4", "--exact-windows", "4",
-         "--context", "64", "--json", str(figures)]
-    ) == 0  # fmt: skip
+    texts = ["--model", str(recipe.with_name("model")), "--data",
+             str(recipe.with_name("calibration.txt")), "--json", str(figures)]  # fmt: skip
+    sizes = ["--windows", "4", "--exact-windows", "4", "--context", "64"]
+    schemes = ["--schemes", "w4a16-g16-asym", "w8a8"]
+    assert bench_sensitivity.main([*texts, *sizes, *schemes]) == 0
     rows = json.loads(figures.read_text())
     assert len(rows) == 28
     logs = torch.tensor([[row["exact"], row["predicted"]] for row in rows]).log()
