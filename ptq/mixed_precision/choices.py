@@ -1,5 +1,6 @@
 """What can be chosen: groups of layers that get one scheme, and what each option costs."""
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -114,7 +115,7 @@ def make_space(
                 f"layer {group[0]} {list(first.shape)}: none of the candidates "
                 f"{', '.join('float' if s is None else str(s) for s in wanted)} fits it; add float"
             )
-        weights = sum(members[i].parameters for i in range(len(members)))
+        weights = sum(math.prod(layer.shape) for layer in _owners(members))
         choices.append(Choice(group, weights, options, first.is_embedding))
     if not choices:
         raise ConfigError(
@@ -164,9 +165,13 @@ def _options(
         if scheme is None:
             yield Option(None, sum(layer.bytes_before for layer in members))
         elif all(_fits(scheme, layer.shape) for layer in members):
-            # A head that is tied to the embedding before it owns no weight.
-            owners = [infos[x.name] for x in members if x.parameters > 0]
+            owners = [infos[layer.name] for layer in _owners(members)]
             yield Option(scheme, sum(quantized_bytes(info, scheme, dtype) for info in owners))
+
+
+def _owners(members: Sequence[LayerPlan]) -> Sequence[LayerPlan]:
+    """Those with a weight of their own: a head in one group with the embedding is tied to it."""
+    return members[:1] if members[0].kind == "Embedding" else members
 
 
 def _fits(scheme: Scheme, shape: Collection[int]) -> bool:

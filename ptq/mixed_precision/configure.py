@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from ptq.config import QuantizationConfig, Rule, Scheme
+from ptq.errors import ConfigError
 from ptq.mixed_precision.choices import Choice, Option
 from ptq.mixed_precision.rules import WrittenRule, base_scheme, write_rules
 from ptq.model import read_layers
@@ -20,8 +21,15 @@ def configure(
 
     Its scheme becomes what most layers get, unless ``recipe: auto`` hangs on it. Its own rules
     come last, so that they go on to win.
+
+    Raises:
+        ConfigError: nothing would be quantized.
     """
     chosen = list(chosen)
+    if not config.rules and all(option.scheme is None for _, option in chosen):
+        raise ConfigError(
+            "the budget is met with every layer in float, so nothing needs to be quantized"
+        )
     schemes = linear_schemes(chosen)
     auto = [step.name for step in config.recipe] == ["auto"]
     base = config.scheme if auto else (base_scheme(schemes) or config.scheme)

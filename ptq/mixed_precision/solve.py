@@ -104,7 +104,8 @@ def _solve(cost: Table, limits: Sequence[Limit]) -> list[int] | None:
         integrality=np.ones(len(columns)),
         bounds=optimize.Bounds(0, 1),
         constraints=constraints,
-        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+        # HiGHS' presolve prints lines of its own to the standard output.
+        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS, "presolve": False},
     )
     if found.status == 2:
         return None

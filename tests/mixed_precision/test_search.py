@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import bench_sensitivity
 import pytest
 import search as script
 import torch
@@ -49,7 +50,8 @@ def test_the_script_writes_a_recipe_that_runs(recipe: Path, capsys) -> None:
     out, figures = recipe.with_name("mixed.yaml"), recipe.with_name("search.json")
     arguments = ["--config", str(recipe), "--budget", "as small as w4a16-g16-asym", "--output",
                  str(out), "--schemes", *SCHEMES, "--json", str(figures),
-                 "--sensitivity", str(recipe.with_name("kept")), "--against", "w4a16-g16-asym"]  # fmt: skip
+                 "--sensitivity", str(recipe.with_name("kept")),
+                 "--against", "w4a16-g16-asym"]  # fmt: skip
     assert script.main(arguments) == 0
     first = out.read_text()
     assert script.main(arguments) == 0, capsys.readouterr().err
@@ -113,7 +115,7 @@ def test_embedding_and_head_take_part_where_allowed(loaded, tied: str) -> None:
         assert layer.scheme == str(layers[layer.layer].scheme or "float")
 
 
-def test_time_is_a_budget(loaded, monkeypatch, tmp_path) -> None:
+def test_time_is_a_budget(loaded, monkeypatch) -> None:
     """Made-up times: 3 bits are slow, so only what is at least as fast as w8a16 is left."""
     model, tokenizer, config = loaded
 
@@ -152,7 +154,7 @@ def test_real_times(monkeypatch, tmp_path) -> None:
         ("4 bits", {}, ConfigError, "give 4.5 bits to 16 bits, 4 bits are asked"),
         ("5 bits", {"schemes": ["w4"]}, ConfigError, "candidates: unknown scheme 'w4'"),
         ("5 bits", {"schemes": ["w4a16-g64"]}, ConfigError, "none of the candidates w4a16-g64 fit"),
-        ("16 bits", {"schemes": ["float"]}, ConfigError, "float"),
+        ("16 bits", {"rules": []}, ConfigError, "every layer in float"),
         ("5 bits", {"schemes": ["w8a8-static", "w4a16-g16"]}, UnsupportedError, "static"),
         ("5 bits", {"tokenizer": None}, CalibrationError, "tokenizer"),
     ],
@@ -160,6 +162,7 @@ def test_real_times(monkeypatch, tmp_path) -> None:
 def test_refusals(loaded, budget: str, options, kind, words: str) -> None:
     model, tokenizer, config = loaded
     before = {name: p.clone() for name, p in model.named_parameters()}
+    config = config.model_copy(update={"rules": options.pop("rules", config.rules)})
     given = {"schemes": SCHEMES, "tokenizer": tokenizer, "draws": 1, **options}
     with pytest.raises(kind, match=words):
         ptq.search(model, budget, config=config, verify=False, **given)
@@ -205,3 +208,19 @@ def test_a_bound_that_no_trial_keeps() -> None:
         UnsupportedError, match=r"none of 1 configurations .* nearest: 1.5000 at 1.0 MB"
     ):
         within_bound(1.0, 3, attempt)
+
+
+def test_prediction_and_exact_agree_on_the_ranking(recipe: Path, capsys) -> None:
+    """As scripts/bench_sensitivity.py measures it, on the tiny model."""
+    figures = recipe.with_name("sensitivity.json")
+    texts = ["--model", str(recipe.with_name("model")), "--data",
+             str(recipe.with_name("calibration.txt")), "--json", str(figures)]  # fmt: skip
+    sizes = ["--windows", "4", "--exact-windows", "4", "--context", "64"]
+    schemes = ["--schemes", "w4a16-g16-asym", "w8a8"]
+    assert bench_sensitivity.main([*texts, *sizes, *schemes]) == 0
+    rows = json.loads(figures.read_text())
+    assert len(rows) == 28
+    logs = torch.tensor([[row["exact"], row["predicted"]] for row in rows]).log()
+    assert torch.corrcoef(logs.T)[0, 1] > 0.9
+    assert (logs[:, 0] - logs[:, 1]).mean().abs() < 0.5  # and the size is right
+    assert capsys.readouterr().out.count("Spearman") == 2

@@ -46,7 +46,7 @@ def test_no_other_choice_is_better(rows, share: float) -> None:
 def test_what_is_possible_is_said() -> None:
     size = [[1e6, 2e6], [3e6, 5e6]]
     with pytest.raises(
-        ConfigError, match=r"'3 MB' cannot be met: the candidates give 5 MB to 8 MB, 4"
+        ConfigError, match=r"'4 MB' cannot be met: the candidates give 5 MB to 8 MB, 4 MB are"
     ):
         allocate(size, [Limit("4 MB", size, 3e6, MB, fixed=1e6)])
 
