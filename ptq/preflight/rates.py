@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ptq.algorithms import round_to_nearest, with_static_input
 from ptq.config import Scheme
+from ptq.core import is_finite
 from ptq.evaluation.statistics import TokenStatistics
 from ptq.modules import QuantLinear
 from ptq.observers import make_observer
@@ -25,6 +26,7 @@ _LARGE = 1 << 24  # float32 values that no cache holds
 _ROUNDED = 1 << 22  # elements of a weight that is rounded: no cache holds its copies
 _REPEATS = 3
 _TOKENS = 512  # at most, at a time
+_SENTENCE = 32  # tokens, of what encoders are evaluated on
 
 Shape = tuple[int, int]
 
@@ -40,6 +42,7 @@ class Rates:
         rounding: for one element of a weight, by scheme.
         attention: of one layer, for those tokens.
         statistics: comparing the logits of one token.
+        checking: that one element of the float model is a number.
         observing: for one element of a calibrated input.
         element: a pass over one float32 element.
         hashing: SHA-256 of a byte, and writing it.
@@ -53,6 +56,7 @@ class Rates:
     rounding: dict[str, float]
     attention: float
     statistics: float
+    checking: float
     observing: float
     element: float
     hashing: float
@@ -87,6 +91,7 @@ def measure_rates(facts: Facts) -> Rates:
         rounding,
         _attention(facts, tokens),
         _statistics(facts),
+        _checking(facts.float_dtype),
         _observing(facts),
         seconds(lambda: torch.mul(x, y)) / x.numel(),
         seconds(lambda: hashlib.sha256(data)) / len(data),
@@ -114,6 +119,8 @@ def clock() -> float:
 
 def _tokens(facts: Facts) -> int:
     evaluation, calibration = facts.config.evaluation, facts.config.calibration
+    if evaluation is not None and not facts.vocabulary:
+        return _SENTENCE
     if evaluation is not None:
         return min(_TOKENS, evaluation.context)
     if calibration is not None and facts.calibrates:
@@ -179,6 +186,11 @@ def _statistics(facts: Facts) -> float:
     theirs, ours = torch.randn(2, rows, facts.vocabulary)
     targets = torch.zeros(rows, dtype=torch.int64)
     return seconds(lambda: TokenStatistics([rows]).add(theirs, ours, targets)) / rows
+
+
+def _checking(dtype: torch.dtype) -> float:
+    weight = torch.ones(_ROUNDED, dtype=dtype)
+    return seconds(lambda: is_finite(weight)) / weight.numel()
 
 
 def _observing(facts: Facts) -> float:

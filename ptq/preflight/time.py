@@ -7,6 +7,7 @@ _LIBRARIES = 0.15  # seconds: what is imported later than the plan
 _PARSES = 1.3, 3.3  # of a GGUF file's header: for its tokenizer, for its weights
 _DEQUANTIZING = 25e-9  # of an element of a GGUF file, by the package gguf
 _SMALL_OPERATIONS = 250  # of a block, its layers' calls included
+_COLD, _RETURNED = 1.6, 2.8  # how much slower rounding is on fresh memory; where all is given back
 _HIDDEN_PASSES, _INNER_PASSES = 24, 5  # over a token's states: norms, rotation, sums, gates
 
 Terms = dict[str, float]
@@ -34,7 +35,8 @@ class _Work:
     def terms(self) -> Terms:
         evaluation, generation = self.facts.config.evaluation, self.facts.config.generation
         windows = 0 if evaluation is None else evaluation.windows * evaluation.context
-        new = 0 if generation is None else generation.max_new_tokens
+        prompts = () if generation is None else generation.all_prompts
+        new = 0 if generation is None else generation.max_new_tokens * len(prompts)
         return {
             "libraries, tokenizer": _LIBRARIES + _PARSES[0] * self.facts.source.parse_seconds,
             "load": self._load(),
@@ -58,7 +60,9 @@ class _Work:
     def _blocks(self, quantized: bool) -> float:
         """Of a token in all blocks."""
         layers = (x for x in self.facts.linears if x.inside)
-        return self.other + sum(self._layer(x, quantized, 0) for x in layers) / self.rates.tokens
+        products = sum(self._layer(x, quantized, 0) for x in layers) / self.rates.tokens
+        calls = self.facts.blocks * _SMALL_OPERATIONS * self.rates.small / self.rates.tokens
+        return self.other + products + calls
 
     def _layer(self, layer: LinearFacts, quantized: bool, which: int) -> float:
         key = layer.shape, str(layer.scheme)
@@ -92,9 +96,11 @@ class _Work:
 
     def _load(self) -> float:
         source, parameters = self.facts.source, self.facts.plan.parameters
-        finite = parameters * self.rates.element
+        finite = parameters * self.rates.checking
         if source.gguf:
             return _PARSES[1] * source.parse_seconds + parameters * _DEQUANTIZING + finite
+        if self.facts.streamed:
+            return 2 * finite * self.facts.outside_bytes / max(1, self.facts.float_bytes)
         return 2 * finite
 
     def _calibrate(self) -> float:
@@ -110,6 +116,7 @@ class _Work:
         rounding = sum(
             x.elements * self.rates.rounding[str(x.scheme)] for x in self.facts.quantized_linears
         )
+        rounding *= _RETURNED if self.facts.streamed else _COLD
         if self.facts.streamed:
             rounding += self._streaming()
         return rounding if self.facts.recipe.plain else rounding + self._blockwise()
@@ -117,7 +124,7 @@ class _Work:
     def _streaming(self) -> float:
         """Blocks are read and checked; finished ones are hashed and written."""
         f, r = self.facts, self.rates
-        read = f.block_elements * f.blocks * (r.element + f.float_dtype.itemsize * r.streaming)
+        read = f.block_elements * f.blocks * (r.checking + f.float_dtype.itemsize * r.streaming)
         return read + 2 * f.quantized_bytes * r.hashing
 
     def _blockwise(self) -> float:

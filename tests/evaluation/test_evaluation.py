@@ -14,13 +14,14 @@ from tokenizers.normalizers import Strip
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import (
-    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
 
 import ptq
@@ -283,7 +284,8 @@ def test_dropout_is_off_while_measuring_and_the_mode_stays() -> None:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: BertForMaskedLM(tiny_bert().config), "BertForMaskedLM is no decoder"),
+        (lambda: ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, intermediate_size=32,
+                                    num_attention_heads=4)), "ViTModel is no decoder"),
         (lambda: T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1,
                                                      num_heads=4, vocab_size=97)), "no decoder"),
     ],
