@@ -238,7 +238,6 @@ def test_several_prompts_side_by_side(recipe: Recipe, capsys: pytest.CaptureFixt
 def test_an_encoder_is_evaluated(
     recipe: Recipe,
     tmp_path: Path,
-    tiny_texts: tuple[Path, Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tiny_bert().save_pretrained(tmp_path / "bert")

@@ -3,12 +3,12 @@
 from ptq.preflight.facts import Facts, LinearFacts
 from ptq.preflight.rates import Rates
 
-_LIBRARIES = 0.15  # seconds: what is imported later than the plan
+_LIBRARIES = 0.3  # seconds: what is imported later than the plan
 _PARSES = 1.3, 3.3  # of a GGUF file's header: for its tokenizer, for its weights
 _DEQUANTIZING = 25e-9  # of an element of a GGUF file, by the package gguf
-_SMALL_OPERATIONS = 250  # of a block, its layers' calls included
+_SMALL_OPERATIONS = 450  # of a block, its layers' calls included
 _COLD, _RETURNED = 1.6, 2.8  # how much slower rounding is on fresh memory; where all is given back
-_HIDDEN_PASSES, _INNER_PASSES = 24, 5  # over a token's states: norms, rotation, sums, gates
+_HIDDEN_PASSES, _INNER_PASSES = 40, 8  # over a token's states: norms, rotation, sums, gates
 
 Terms = dict[str, float]
 
@@ -44,7 +44,7 @@ class _Work:
             "generate float": new * self._one(False),
             "calibrate": self._calibrate(),
             "quantize": self._quantize(),
-            "save": 2 * self.facts.quantized_bytes * self.rates.hashing,
+            "save": 4 * self.facts.quantized_bytes * self.rates.hashing,
             "read back": self._read_back(),
             "evaluate quantized": windows
             * (self.quantized_token + self._head(True) + self.rates.statistics + self._keep()),
@@ -83,7 +83,7 @@ class _Work:
 
     def _keep(self) -> float:
         """Of a token: its logits are checked, and written or read."""
-        return 3 * self.facts.vocabulary * self.rates.element
+        return 8 * self.facts.vocabulary * self.rates.element
 
     def _one(self, quantized: bool) -> float:
         """A token that is generated alone: every weight is read from memory."""
@@ -164,13 +164,13 @@ class _Work:
             n, k = layer.shape
             flop = self.rates.linear[layer.shape][0] / (self.rates.tokens * n * k)
             products = f.calibration_tokens * k * k / 2 + 3 * k**3 + 6 * n * k * k
-            total += layer.count * (products * flop + 8 * k * 10 * self.rates.small)
+            total += layer.count * 1.25 * (products * flop + 8 * k * 10 * self.rates.small)
         return total
 
     def _read_back(self) -> float:
         """Tensors are hashed and compared, and both models run on a few tokens."""
         runs = 0 if self.facts.streamed else 4
-        compared = 2 * self.facts.quantized_bytes * self.rates.hashing
+        compared = 4 * self.facts.quantized_bytes * self.rates.hashing
         return compared + runs * self._one(True)
 
 

@@ -36,6 +36,7 @@ from ptq.evaluation import (
     encode_prompt,
     evaluate,
     sample,
+    window_logits,
 )
 from ptq.evaluation.statistics import TokenStatistics, nll, ratio_interval, student_t
 from tests.helpers import tiny_bert, tiny_llama
@@ -137,7 +138,7 @@ def test_a_disk_that_is_too_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_without_logits_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="needs a causal language model"):
-        evaluate(tiny_bert(), windows())
+        window_logits(tiny_bert(), windows().sequences[0])
 
 
 def test_nan_logits_are_refused() -> None:

@@ -88,17 +88,20 @@ def test_the_size_of_several_files_and_of_unfolded_layers(
     assert preflight["checkpoint_bytes"] == sum(p.stat().st_size for p in files)
 
 
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1000,
+    "tie_word_embeddings": True,
+}
+
+
 def facts(**changes: Any) -> Facts:
     """Of a Llama large enough for its terms to be told apart, on the meta device."""
-    model_config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=1000,
-        tie_word_embeddings=True,
-    )
+    model_config = LlamaConfig(**SIZES)
     config = as_config({
         "model": "x", "scheme": "w8a8", "output": "out",
         "calibration": {"data": "t.txt", "samples": 8, "sequence_length": 64, "batch_size": 4},
@@ -133,9 +136,8 @@ def test_facts() -> None:
 
 def test_memory_has_what_a_stage_holds() -> None:
     float_bytes = facts().float_bytes
-    assert float_bytes == 4 * sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, vocab_size=1000, tie_word_embeddings=True)).parameters())  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    assert float_bytes == 4 * sum(p.numel() for p in model.parameters())
     evaluated = stages(facts(evaluation={"data": "e.txt", "context": 128}))
     assert evaluated["evaluate float"].terms["logits of two windows"] == 2 * 128 * 1000 * 4
     assert evaluated["evaluate float"].terms["float model"] == float_bytes
@@ -195,8 +197,8 @@ def test_a_prediction_and_its_errors() -> None:
     assert made.seconds == 3.0 + sum((made.times or {}).values())
     values = made.to_dict()
     json.dumps(values)
-    found = compared(values, {"checkpoint_bytes": 800_000, "seconds": values["seconds"],
-                              "cpu_seconds": 2 * values["seconds"], "peak_memory_bytes": 1})  # fmt: skip
+    measured = {"checkpoint_bytes": 800_000, "seconds": values["seconds"], "peak_memory_bytes": 1}
+    found = compared(values, {**measured, "cpu_seconds": 2 * values["seconds"]})
     assert found["error_percent"]["checkpoint_bytes"] == pytest.approx(25)
     assert found["error_percent"]["seconds"] == 0
     assert found["error_percent"]["cpu_seconds"] == pytest.approx(-50)
