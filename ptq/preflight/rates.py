@@ -26,7 +26,7 @@ _LARGE = 1 << 24  # float32 values that no cache holds
 _ROUNDED = 1 << 22  # elements of a weight that is rounded: no cache holds its copies
 _REPEATS = 3
 _TOKENS = 512  # at most, at a time
-_SENTENCE = 32  # tokens, of what encoders are evaluated on
+_SENTENCE = 24  # tokens, of what encoders are evaluated on
 
 Shape = tuple[int, int]
 

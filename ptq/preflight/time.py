@@ -6,8 +6,8 @@ from ptq.preflight.rates import Rates
 _LIBRARIES = 0.3  # seconds: what is imported later than the plan
 _PARSES = 1.3, 3.3  # of a GGUF file's header: for its tokenizer, for its weights
 _DEQUANTIZING = 25e-9  # of an element of a GGUF file, by the package gguf
-_SMALL_OPERATIONS = 450  # of a block, its layers' calls included
-_COLD, _RETURNED = 1.6, 2.8  # how much slower rounding is on fresh memory; where all is given back
+_SMALL_OPERATIONS = 800  # of a block, its layers' calls included
+_COLD = 1.2  # how much slower rounding is on memory that was not used just before
 _HIDDEN_PASSES, _INNER_PASSES = 40, 8  # over a token's states: norms, rotation, sums, gates
 
 Terms = dict[str, float]
@@ -116,7 +116,7 @@ class _Work:
         rounding = sum(
             x.elements * self.rates.rounding[str(x.scheme)] for x in self.facts.quantized_linears
         )
-        rounding *= _RETURNED if self.facts.streamed else _COLD
+        rounding *= _COLD
         if self.facts.streamed:
             rounding += self._streaming()
         return rounding if self.facts.recipe.plain else rounding + self._blockwise()
