@@ -8,6 +8,7 @@ _PARSES = 1.3, 3.3  # of a GGUF file's header: for its tokenizer, for its weight
 _DEQUANTIZING = 25e-9  # of an element of a GGUF file, by the package gguf
 _SMALL_OPERATIONS = 800  # of a block, its layers' calls included
 _COLD = 1.2  # how much slower rounding is on memory that was not used just before
+_GIVEN_BACK = 1.3  # how much slower a calibrated pass is, whose memory goes back to the system
 _HIDDEN_PASSES, _INNER_PASSES = 40, 8  # over a token's states: norms, rotation, sums, gates
 
 Terms = dict[str, float]
@@ -47,7 +48,7 @@ class _Work:
             "save": 4 * self.facts.quantized_bytes * self.rates.hashing,
             "read back": self._read_back(),
             "evaluate quantized": windows
-            * (self.quantized_token + self._head(True) + self.rates.statistics + self._keep()),
+            * (self.quantized_token + self._head(True) + self.rates.statistics + self._keep(14)),
             "generate quantized": new * self._one(True),
         }
 
@@ -81,9 +82,9 @@ class _Work:
         found = next((v for (shape, _), v in known.items() if shape == head), None)
         return (found or self.rates.linear[head])[which]
 
-    def _keep(self) -> float:
-        """Of a token: its logits are checked, and written or read."""
-        return 8 * self.facts.vocabulary * self.rates.element
+    def _keep(self, passes: int = 8) -> float:
+        """Of a token: its logits are checked, and written; or checked, and the float ones read."""
+        return passes * self.facts.vocabulary * self.rates.element
 
     def _one(self, quantized: bool) -> float:
         """A token that is generated alone: every weight is read from memory."""
@@ -110,7 +111,7 @@ class _Work:
             return 0.0
         seen = sum(x.shape[1] * x.count for x in f.quantized_linears) * self.rates.observing
         tokens = sum(batch * length for batch, length in f.padded_batches)
-        return tokens * (self.float_token + self._head(False) + seen)
+        return _GIVEN_BACK * tokens * (self.float_token + self._head(False) + seen)
 
     def _quantize(self) -> float:
         rounding = sum(

@@ -142,6 +142,9 @@ def test_memory_has_what_a_stage_holds() -> None:
     assert evaluated["evaluate float"].terms["logits of two windows"] == 2 * 128 * 1000 * 4
     assert evaluated["evaluate float"].terms["float model"] == float_bytes
     assert "evaluate float" not in stages(facts())
+    read = stages(facts(scheme="w4a16-g64"))["read back"].terms
+    forms = read["kernels' forms of the weights"]
+    assert read["the model read back"] == facts(scheme="w4a16-g64").quantized_bytes + forms
     static = stages(facts(scheme="w8a8-static"))["quantize"].terms
     assert static["logits of a calibration batch"] == 4 * 64 * 1000 * 4
     learned = facts(scheme="w4a16-g64", recipe=["gptaq", "learned_rounding"])
