@@ -3,7 +3,7 @@
 from ptq.preflight.facts import Facts, LinearFacts
 from ptq.preflight.rates import Rates
 
-_LIBRARIES = 0.3  # seconds: what is imported later than the plan
+_LIBRARIES = 0.5  # seconds: what is imported later than the plan
 _PARSES = 1.3, 3.3  # of a GGUF file's header: for its tokenizer, for its weights
 _DEQUANTIZING = 25e-9  # of an element of a GGUF file, by the package gguf
 _SMALL_OPERATIONS = 800  # of a block, its layers' calls included
@@ -126,7 +126,7 @@ class _Work:
         """Blocks are read and checked; finished ones are hashed and written."""
         f, r = self.facts, self.rates
         read = f.block_elements * f.blocks * (r.checking + f.float_dtype.itemsize * r.streaming)
-        return read + 2 * f.quantized_bytes * r.hashing
+        return 1.5 * read + 4 * f.quantized_bytes * r.hashing
 
     def _blockwise(self) -> float:
         """Hidden states pass through each block; what the steps of the recipe do there."""
@@ -154,7 +154,7 @@ class _Work:
         steps = iterations * (
             3 * min(sequences, samples) * once + 22 * elements * self.rates.element
         )
-        return steps + checks * check * once
+        return 1.15 * (steps + checks * check * once)
 
     def _moments(self) -> float:
         """Sums of the inputs' products, and the columns that are rounded one by one."""
@@ -165,7 +165,7 @@ class _Work:
             n, k = layer.shape
             flop = self.rates.linear[layer.shape][0] / (self.rates.tokens * n * k)
             products = f.calibration_tokens * k * k / 2 + 3 * k**3 + 6 * n * k * k
-            total += layer.count * 1.25 * (products * flop + 8 * k * 10 * self.rates.small)
+            total += layer.count * 1.35 * (products * flop + 8 * k * 10 * self.rates.small)
         return total
 
     def _read_back(self) -> float:

@@ -1,5 +1,6 @@
 """Predictions against what real runs of tiny models write and hold, and the check of memory."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    PretrainedConfig,
+)
 
 from ptq.config import as_config
 from ptq.errors import ConfigError
@@ -99,9 +107,9 @@ SIZES: dict[str, Any] = {
 }
 
 
-def facts(**changes: Any) -> Facts:
+def facts(model_config: PretrainedConfig | None = None, **changes: Any) -> Facts:
     """Of a Llama large enough for its terms to be told apart, on the meta device."""
-    model_config = LlamaConfig(**SIZES)
+    model_config = model_config or LlamaConfig(**SIZES)
     config = as_config({
         "model": "x", "scheme": "w8a8", "output": "out",
         "calibration": {"data": "t.txt", "samples": 8, "sequence_length": 64, "batch_size": 4},
@@ -109,9 +117,8 @@ def facts(**changes: Any) -> Facts:
     })  # fmt: skip
     empty = skeleton(model_config, torch.float32)
     recipe = make_recipe(config.recipe, config.scheme)
-    gguf = changes.get("gguf", False)
     made = plan(empty, config, dtype=torch.float32)
-    return facts_of(empty, model_config, made, recipe, config, Source(gguf), torch.float32)
+    return facts_of(empty, model_config, made, recipe, config, Source(gguf=False), torch.float32)
 
 
 def stages(given: Facts) -> dict[str, Stage]:
@@ -158,8 +165,6 @@ def test_memory_has_what_a_stage_holds() -> None:
 
 
 def test_texts_that_are_shorter_than_they_may_be() -> None:
-    import dataclasses
-
     given = facts(scheme="w8a8-static")
     assert given.padded_batches == ((4, 64), (4, 64))
     counted = dataclasses.replace(given, lengths=(3, 9, 4, 4, 20, 1))
@@ -190,6 +195,21 @@ def test_time_is_what_is_counted_times_what_each_piece_takes() -> None:
     assert terms["quantize"] == pytest.approx(1.2e-3 * 4 * given.block_elements)
     assert "calibrate" not in terms
     assert "generate float" not in terms
+
+
+def test_an_expert_sees_its_share_of_the_tokens() -> None:
+    mixture = MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2)
+    given = facts(mixture, evaluation={"data": "e.txt", "windows": 1, "context": 64})
+    seen = {x.shape: (x.count, x.share) for x in given.linears}
+    assert seen[1024, 256] == (4 * 8, 0.25)
+    assert seen[256, 512] == (4 * 8, 0.25)
+    assert seen[256, 256] == (4 * 2, 1.0)
+    once = (64.0, 1.0)
+    linear = dict.fromkeys(seen, once)
+    quantized = {(shape, "w8a8"): once for shape in seen}
+    terms = time_terms(given, dataclasses.replace(RATES, linear=linear, quantized=quantized))
+    # A token passes four attentions of four layers, two of eight experts of two, and the head.
+    assert terms["evaluate float"] == pytest.approx(64 * (4 * (4 + 2 * 2) + 1))
 
 
 def test_a_prediction_and_its_errors() -> None:
