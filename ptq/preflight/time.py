@@ -139,8 +139,7 @@ class _Work:
         for name, (_, options) in zip(names[::-1], f.recipe.refinements[::-1], strict=False):
             if name == "learned_rounding":
                 total += self._learned_rounding(options.iterations, options.sequences)
-        for transform in f.recipe.transforms:
-            total += 20 * f.calibration_tokens / 10 * self.float_token * bool(transform)
+        total += 2 * len(f.recipe.transforms) * f.calibration_tokens * self.float_token
         if f.recipe.finishes:
             total += 4 * f.calibration_tokens * (self.float_token + self._head(False))
         return total
