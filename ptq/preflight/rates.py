@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -101,14 +102,15 @@ def measure_rates(facts: Facts) -> Rates:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The least of a few times, after one that does not count."""
+    """The median of a few times, after one that does not count. The least would be that of a moment
+    when other processes leave the memory alone, which a run does not have."""
     work()
     times = []
     for _ in range(_REPEATS):
         start = clock()
         work()
         times.append(clock() - start)
-    return min(times)
+    return median(times)
 
 
 def clock() -> float:

@@ -136,7 +136,9 @@ class _Work:
         total = passes * f.calibration_tokens * self.float_token
         if watched:
             total += self._moments()
-        for name, (_, options) in zip(names[::-1], f.recipe.refinements[::-1], strict=False):
+        first = len(f.recipe.transforms) + 1  # behind the algorithm
+        refinements = names[first : first + len(f.recipe.refinements)]
+        for name, (_, options) in zip(refinements, f.recipe.refinements, strict=True):
             if name == "learned_rounding":
                 total += self._learned_rounding(options.iterations, options.sequences)
         total += 2 * len(f.recipe.transforms) * f.calibration_tokens * self.float_token

@@ -197,6 +197,21 @@ def test_time_is_what_is_counted_times_what_each_piece_takes() -> None:
     assert "generate float" not in terms
 
 
+def test_time_of_learned_rounding_whatever_comes_after_it() -> None:
+    def quantizing(*recipe: Any) -> float:
+        given = facts(scheme="w8a8", recipe=["gptq", *recipe])
+        return time_terms(given, RATES)["quantize"]
+
+    def learned(iterations: int) -> dict[str, Any]:
+        return {"name": "learned_rounding", "options": {"iterations": iterations, "sequences": 1}}
+
+    assert quantizing(learned(200)) > quantizing(learned(100)) > quantizing()
+    grown = quantizing(learned(200)) - quantizing(learned(100))
+    after = quantizing(learned(200), "distill") - quantizing(learned(100), "distill")
+    assert after == pytest.approx(grown)
+    assert quantizing(learned(100), "distill") > quantizing(learned(100))
+
+
 def test_an_expert_sees_its_share_of_the_tokens() -> None:
     mixture = MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2)
     given = facts(mixture, evaluation={"data": "e.txt", "windows": 1, "context": 64})
