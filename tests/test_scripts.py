@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,6 +56,24 @@ def test_evaluate_model_refuses_before_it_loads(
     with pytest.raises(SystemExit):
         script("evaluate_model").main(["nowhere"])
     assert "give --data, --tasks, or both" in capsys.readouterr().err
+
+
+def test_evaluate_model_runs_tasks(
+    checkpoint: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures.json"
+    arguments = [str(checkpoint), "--tasks", str(ROOT / "tests" / "evaluation" / "tasks")]
+    gate = ["--fail-if", "tasks.ptq_words.items < 5"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what lm-eval's own packages warn of
+        pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+        more = ["--items", "4", "--reference", str(tiny_model), "--json", str(figures)]
+        assert script("evaluate_model").main([*arguments, *more, *gate]) == 3
+        assert script("evaluate_model").main([*arguments, "--items", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "McNemar" in shown.out
+    assert "failed: tasks.ptq_words.items < 5: tasks.ptq_words.items is 4" in shown.err
+    assert json.loads(figures.read_text())["tasks"]["ptq_words"]["items"] == 4
 
 
 def test_evaluate_model_on_an_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
