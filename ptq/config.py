@@ -347,11 +347,18 @@ def _text_from_source(value: Any) -> Any:
 
 
 class GenerationConfig(Section):
-    """A sample of text before and after, decoded greedily."""
+    """Samples of text before and after, decoded greedily."""
 
     prompt: Annotated[str, Field(pattern=r"\S")] = "The capital of France is"
+    prompts: list[Annotated[str, Field(pattern=r"\S")]] = Field(
+        default_factory=list, description="further prompts"
+    )
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
-    chat: bool = Field(False, description="wrap the prompt in the tokenizer's chat template")
+    chat: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
+
+    @property
+    def all_prompts(self) -> tuple[str, ...]:
+        return (self.prompt, *self.prompts)
 
 
 class OutputConfig(Section):

@@ -418,7 +418,7 @@ class _Job:
     tokenizer: Any = field(default=None, init=False)
     calibration: TokenSet | None = field(default=None, init=False)
     evaluation: TokenSet | None = field(default=None, init=False)
-    prompt: Tensor | None = field(default=None, init=False)
+    prompts: list[tuple[str, Tensor]] = field(default_factory=list, init=False)
     kind: Kind = field(default="causal", init=False)
     held: HeldReference | None = field(default=None, init=False)
     gate: list[Condition] = field(default_factory=list, init=False)
@@ -650,7 +650,7 @@ class _Job:
             if self.calibration is not None:
                 self._note_overlap(self.calibration, self.evaluation)
         if self.config.generation is not None:
-            self._read_prompt(self.config.generation)
+            self._read_prompts(self.config.generation)
         named = {"calibration": self.calibration, "evaluation": self.evaluation}
         self.report.sections["data"] = {
             name: {
@@ -682,15 +682,19 @@ class _Job:
                 "figures flatter; evaluate on other text"
             )
 
-    def _read_prompt(self, section: GenerationConfig) -> None:
-        self.prompt = encode_prompt(section, self.tokenizer)
-        check_tokens(self.model_config, list(self.prompt), "generation.prompt")
+    def _read_prompts(self, section: GenerationConfig) -> None:
         limit = max_positions(self.model_config)
-        if limit is not None and self.prompt.shape[1] + section.max_new_tokens > limit:
-            raise ConfigError(
-                f"generation: {self.prompt.shape[1]} tokens of prompt and {section.max_new_tokens} "
-                f"new ones are more than the model's {limit} positions; lower max_new_tokens"
-            )
+        for text in section.all_prompts:
+            one = section.model_copy(update={"prompt": text})
+            prompt = encode_prompt(one, self.tokenizer)
+            check_tokens(self.model_config, list(prompt), "generation.prompt")
+            if limit is not None and prompt.shape[1] + section.max_new_tokens > limit:
+                raise ConfigError(
+                    f"generation: {prompt.shape[1]} tokens of prompt and "
+                    f"{section.max_new_tokens} new ones are more than the model's {limit} "
+                    "positions; lower max_new_tokens"
+                )
+            self.prompts.append((text, prompt))
 
     def load(self) -> PreTrainedModel:
         """The float model; of a streamed one, what is outside its blocks."""
@@ -849,15 +853,20 @@ class _Job:
         self.console.say(result)
 
     def _sample(self, model: nn.Module, key: str) -> None:
+        """Continue every prompt; ``samples`` has the first one's text at its top as well."""
         section = self.config.generation
-        if section is None or self.prompt is None:
+        if section is None:
             return
         self.console.stage(f"generate ({key})")
-        made = sample(model, self.tokenizer, self.prompt, section.max_new_tokens)
-        self.samples["prompt"] = section.prompt
-        self.samples[key] = made.text
-        self.samples[f"{key}_tokens_per_second"] = made.new_tokens / made.seconds
-        self.console.say(f"{section.prompt} ...{made.text}")
+        rows = self.samples.setdefault("samples", [{"prompt": text} for text, _ in self.prompts])
+        tokens, seconds = 0, 0.0
+        for (text, prompt), row in zip(self.prompts, rows, strict=True):
+            made = sample(model, self.tokenizer, prompt, section.max_new_tokens)
+            row[key] = made.text
+            tokens, seconds = tokens + made.new_tokens, seconds + made.seconds
+            self.console.say(f"{text} ...{made.text}")
+        self.samples |= rows[0]
+        self.samples[f"{key}_tokens_per_second"] = tokens / seconds
 
     def _judge(self) -> None:
         """Hold the figures against the conditions of ``evaluation.fail_if``."""

@@ -2,12 +2,11 @@
 """Compare schemes and recipes on a sentence encoder: cosine similarity with the float embeddings.
 
 An embedding is the mean of the last hidden states over a sentence's tokens. Sentences are the
-lines of the text, or its pieces between full stops.
+lines of the text, or its pieces between full stops, each once.
 """
 
 import argparse
 import copy
-import re
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from arguments import model_parser
 from figures import write_figures
 from torch import Tensor, nn
 
-from ptq.calibrate import load_documents
+from ptq.calibrate import load_documents, split_sentences
 from ptq.command import output_file, positive, run_command
 from ptq.errors import CalibrationError
 from ptq.report import Console, environment
@@ -40,8 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def sentences(sources: list[str], count: int) -> list[str]:
     """The first sentences of at least 20 characters."""
     texts = [document.text for document in load_documents(sources) if document.text]
-    pieces = [p.strip() for text in texts for p in re.split(r"(?<=[.!?])\s+|\n", text)]
-    found = [piece for piece in pieces if len(piece) >= 20][:count]
+    found = split_sentences(texts)[:count]
     if not found:
         raise CalibrationError(f"{', '.join(sources)} has no sentence of 20 characters")
     return found

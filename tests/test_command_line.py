@@ -20,6 +20,8 @@ from transformers import LlamaForCausalLM
 import ptq
 from ptq.errors import CheckpointError
 from ptq.modules import QuantLinear
+from tests.helpers import tiny_bert
+from tests.tiny import tiny_text, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "quantize_model.py"
@@ -170,6 +172,90 @@ def test_dry_run_loads_no_weights_and_writes_nothing(
     assert main("--config", str(recipe()), "--dry-run") == 0
     assert nothing_left(tmp_path)
     assert "model.layers.*.mlp.down_proj" in capsys.readouterr().out
+
+
+def test_dry_run_predicts(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("--config", str(recipe()), "--dry-run") == 0
+    printed = capsys.readouterr().out
+    for expected in ("headers included", "peak memory ~", "process and libraries", "time        ~"):
+        assert expected in printed
+
+
+def test_a_gate_has_an_exit_code_of_its_own_and_keeps_the_checkpoint(
+    recipe: Recipe,
+    tmp_path: Path,
+    tiny_texts: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    evaluation = {"data": str(tiny_texts[1]), "windows": 3, "context": 64}
+    path = str(recipe(evaluation={**evaluation, "fail_if": "kl_mean > 10"}))
+    assert main("--config", path, "--quiet") == 0
+    conditions = ("--fail-if", "ratio_high > 0.1", "--fail-if", "top1_agreement < 0.01")
+    arguments = ("--config", path, "--overwrite", "--json", *conditions)
+    assert main(*arguments) == 3
+    printed = capsys.readouterr()
+    failed = [line for line in printed.err.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 1
+    assert failed[0].startswith("failed: ratio_high > 0.1: ratio_high is ")
+    gate = json.loads(printed.out)["gate"]
+    assert gate["fail_if"] == ["kl_mean > 10", "ratio_high > 0.1", "top1_agreement < 0.01"]
+    assert len(gate["violations"]) == 1
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["gate"] == gate
+    assert ptq.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "condition", "said"),
+    [
+        ({}, "kl_man > 1", "no figure 'kl_man'; did you mean 'kl_mean'?"),
+        ({}, "kv_cache.ratio > 1", "no figure 'kv_cache.ratio'"),
+        ({}, "perplexity > 1", "no figure 'perplexity'"),
+        ({"evaluation": None}, "kl_mean > 1", "--fail-if needs figures"),
+    ],
+)
+def test_mistakes_in_a_gate_before_any_weights(
+    recipe: Recipe,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, object],
+    condition: str,
+    said: str,
+) -> None:
+    monkeypatch.delattr("ptq.pipeline.load_model")
+    assert said in fails(capsys, "--config", str(recipe(**changes)), "--fail-if", condition)
+
+
+def test_several_prompts_side_by_side(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    generation = {"prompt": "w3 w4", "prompts": ["w5", "w6 w7"], "max_new_tokens": 3}
+    assert main("--config", str(recipe(generation=generation)), "--json") == 0
+    found = json.loads(capsys.readouterr().out)["generation"]
+    assert [row["prompt"] for row in found["samples"]] == ["w3 w4", "w5", "w6 w7"]
+    assert all({"float", "quantized"} <= row.keys() for row in found["samples"])
+    assert found["quantized"] == found["samples"][0]["quantized"]
+    assert found["float_tokens_per_second"] > 0
+
+
+def test_an_encoder_is_evaluated(
+    recipe: Recipe,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_bert().save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    text = tmp_path / "sentences.txt"
+    text.write_text("\n".join(tiny_text(9, seed=i) for i in range(8)))
+    changes = {
+        "model": str(tmp_path / "bert"),
+        "generation": None,
+        "evaluation": {"data": str(text), "context": 32, "fail_if": ["cosine_min < 0.5"]},
+    }
+    assert main("--config", str(recipe(**changes))) == 0
+    printed = capsys.readouterr().out
+    assert "quality    cosine with the float embeddings" in printed
+    assert "gate       passed: not cosine_min < 0.5" in printed
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]
+    assert (found["kind"], found["texts"]) == ("encoder", 8)
+    assert 0.9 < found["cosine_mean"] < 1
 
 
 def test_full_plan_has_a_row_for_each_layer(

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,8 +19,9 @@ from ptq.algorithms import round_to_nearest
 from ptq.config import preset
 from ptq.kernels import KERNELS, Int4Pack, LinearSpec
 from ptq.model import load_tokenizer
+from tests.helpers import tiny_bert
 from tests.kernels.cuda_stand_in import CudaOps
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_text, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,6 +43,58 @@ def checkpoint(tiny_model: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+def test_evaluate_model_refuses_before_it_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ptq.load", None)
+    arguments = ["nowhere", "--data", "t.txt", "--fail-if"]
+    assert script("evaluate_model").main([*arguments, "kl_man > 1"]) == 2
+    assert "did you mean 'kl_mean'?" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert script("evaluate_model").main(["nowhere", "--tasks", "t"]) == 2
+    assert "tasks are run by lm-eval, which is not installed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script("evaluate_model").main(["nowhere"])
+    assert "give --data, --tasks, or both" in capsys.readouterr().err
+
+
+def test_evaluate_model_runs_tasks(
+    checkpoint: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures.json"
+    arguments = [str(checkpoint), "--tasks", str(ROOT / "tests" / "evaluation" / "tasks")]
+    gate = ["--fail-if", "tasks.ptq_words.items < 5"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what lm-eval's own packages warn of
+        pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+        more = ["--items", "4", "--reference", str(tiny_model), "--json", str(figures)]
+        assert script("evaluate_model").main([*arguments, *more, *gate]) == 3
+        assert script("evaluate_model").main([*arguments, "--items", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "McNemar" in shown.out
+    assert "failed: tasks.ptq_words.items < 5: tasks.ptq_words.items is 4" in shown.err
+    assert json.loads(figures.read_text())["tasks"]["ptq_words"]["items"] == 4
+
+
+def test_evaluate_model_on_an_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_bert().save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    model, tokenizer = ptq.load_float(str(tmp_path / "bert"))
+    ptq.quantize(model, "w8a16")
+    ptq.save(model, tmp_path / "out", tokenizer=tokenizer)
+    text = tmp_path / "sentences.txt"
+    text.write_text("\n".join(tiny_text(9, seed=i) for i in range(6)))
+    arguments = [str(tmp_path / "out"), "--data", str(text), "--context", "32"]
+    gate = ["--fail-if", "cosine_mean < 0.9"]
+    reference = ["--reference", str(tmp_path / "bert")]
+    assert script("evaluate_model").main([*arguments, *reference, *gate]) == 0
+    assert "Spearman" in capsys.readouterr().out
+    assert script("evaluate_model").main(arguments) == 2
+    assert "pass that as reference" in capsys.readouterr().err
+    assert script("evaluate_model").main([*arguments, "--fail-if", "kl_mean > 1"]) == 2
+    assert "no figure 'kl_mean'" in capsys.readouterr().err
+
+
 def test_evaluate_model(
     checkpoint: Path,
     tiny_model: Path,
@@ -57,6 +111,11 @@ def test_evaluate_model(
     assert "perplexity" in shown
     found = json.loads(figures.read_text())
     assert found["protocol"]["context"] == 64
+    gates = ["--fail-if", "kl_mean > 5", "--fail-if", "ratio_low > 0.1"]
+    assert script("evaluate_model").main([*arguments, *extra, *gates]) == 3
+    failed = [x for x in capsys.readouterr().err.splitlines() if x.startswith("failed: ")]
+    assert len(failed) == 1
+    assert failed[0].startswith("failed: ratio_low > 0.1: ratio_low is ")
     # Random weights: an int8 model is all but its float model.
     assert abs(found["ratio"] - 1) < 0.01
     assert script("evaluate_model").main(arguments) == 0

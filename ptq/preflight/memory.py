@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ptq.kernels import LinearSpec, select
 from ptq.preflight.facts import Facts
 
 _LATER = 30_000_000  # tokenizer, and libraries that load as they are needed
 _STATISTIC_ROWS = 64  # of float32 probabilities at a time, some five copies of them
 _MOMENT_ROWS = 2048  # that wait to be multiplied
+_FEW_ROWS = 15  # of transformers' example, on which the model read back is compared
 _FLOATS_AT_ONCE = 5 << 22  # float32 values that rounding holds of a weight
 
 Terms = dict[str, int]
@@ -43,7 +45,8 @@ def memory_stages(facts: Facts, process: int) -> list[Stage]:
     if facts.config.evaluation is not None:
         stages.append(Stage("evaluate float", {**before, **_float_logits(facts)}))
     stages.append(Stage("quantize", {**before, **_quantize(facts)}))
-    again = 0 if facts.streamed else facts.quantized_bytes
+    after["kernels' forms of the weights"] = _forms(facts)
+    again = 0 if facts.streamed else facts.quantized_bytes + _forms(facts)
     stages.append(Stage("read back", {**after, "the model read back": again}))
     if facts.config.evaluation is not None:
         stages.append(Stage("evaluate quantized", {**after, **_both_logits(facts)}))
@@ -67,6 +70,28 @@ def _held_quantized(facts: Facts) -> Terms:
         return {"quantized model": facts.quantized_bytes}
     codes = sum(layer.bytes_after for layer in facts.plan.quantized)
     return {"quantized layers": codes, "the float model's file": facts.float_bytes}
+
+
+def _forms(facts: Facts) -> int:
+    """What the kernels for a few rows keep beside the weights, once the model has run."""
+    if facts.streamed:  # it does not run
+        return 0
+    total = 0
+    for layer in facts.quantized_linears:
+        assert layer.scheme is not None
+        weights = layer.scheme.weights
+        spec = LinearSpec(
+            "cpu",
+            facts.output_dtype,
+            weights.number_format,
+            weights.granularity_value,
+            weights.symmetric,
+            layer.scheme.activations,
+            *layer.shape,
+            m=_FEW_ROWS,
+        )
+        total += layer.count * select(spec).extra_bytes(spec)
+    return total
 
 
 def _load(facts: Facts) -> Terms:

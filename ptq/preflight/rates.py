@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from ptq.algorithms import round_to_nearest, with_static_input
 from ptq.config import Scheme
+from ptq.core import is_finite
 from ptq.evaluation.statistics import TokenStatistics
 from ptq.modules import QuantLinear
 from ptq.observers import make_observer
@@ -25,6 +27,7 @@ _LARGE = 1 << 24  # float32 values that no cache holds
 _ROUNDED = 1 << 22  # elements of a weight that is rounded: no cache holds its copies
 _REPEATS = 3
 _TOKENS = 512  # at most, at a time
+_SENTENCE = 24  # tokens, of what encoders are evaluated on
 
 Shape = tuple[int, int]
 
@@ -40,6 +43,7 @@ class Rates:
         rounding: for one element of a weight, by scheme.
         attention: of one layer, for those tokens.
         statistics: comparing the logits of one token.
+        checking: that one element of the float model is a number.
         observing: for one element of a calibrated input.
         element: a pass over one float32 element.
         hashing: SHA-256 of a byte, and writing it.
@@ -53,6 +57,7 @@ class Rates:
     rounding: dict[str, float]
     attention: float
     statistics: float
+    checking: float
     observing: float
     element: float
     hashing: float
@@ -87,6 +92,7 @@ def measure_rates(facts: Facts) -> Rates:
         rounding,
         _attention(facts, tokens),
         _statistics(facts),
+        _checking(facts.float_dtype),
         _observing(facts),
         seconds(lambda: torch.mul(x, y)) / x.numel(),
         seconds(lambda: hashlib.sha256(data)) / len(data),
@@ -96,14 +102,15 @@ def measure_rates(facts: Facts) -> Rates:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The least of a few times, after one that does not count."""
+    """The median of a few times, after one that does not count. The least would be that of a moment
+    when other processes leave the memory alone, which a run does not have."""
     work()
     times = []
     for _ in range(_REPEATS):
         start = clock()
         work()
         times.append(clock() - start)
-    return min(times)
+    return median(times)
 
 
 def clock() -> float:
@@ -114,6 +121,8 @@ def clock() -> float:
 
 def _tokens(facts: Facts) -> int:
     evaluation, calibration = facts.config.evaluation, facts.config.calibration
+    if evaluation is not None and not facts.vocabulary:
+        return _SENTENCE
     if evaluation is not None:
         return min(_TOKENS, evaluation.context)
     if calibration is not None and facts.calibrates:
@@ -179,6 +188,11 @@ def _statistics(facts: Facts) -> float:
     theirs, ours = torch.randn(2, rows, facts.vocabulary)
     targets = torch.zeros(rows, dtype=torch.int64)
     return seconds(lambda: TokenStatistics([rows]).add(theirs, ours, targets)) / rows
+
+
+def _checking(dtype: torch.dtype) -> float:
+    weight = torch.ones(_ROUNDED, dtype=dtype)
+    return seconds(lambda: is_finite(weight)) / weight.numel()
 
 
 def _observing(facts: Facts) -> float:

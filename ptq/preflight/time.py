@@ -3,11 +3,13 @@
 from ptq.preflight.facts import Facts, LinearFacts
 from ptq.preflight.rates import Rates
 
-_LIBRARIES = 0.15  # seconds: what is imported later than the plan
+_LIBRARIES = 0.5  # seconds: what is imported later than the plan
 _PARSES = 1.3, 3.3  # of a GGUF file's header: for its tokenizer, for its weights
 _DEQUANTIZING = 25e-9  # of an element of a GGUF file, by the package gguf
-_SMALL_OPERATIONS = 250  # of a block, its layers' calls included
-_HIDDEN_PASSES, _INNER_PASSES = 24, 5  # over a token's states: norms, rotation, sums, gates
+_SMALL_OPERATIONS = 800  # of a block, its layers' calls included
+_COLD = 1.2  # how much slower rounding is on memory that was not used just before
+_GIVEN_BACK = 1.3  # how much slower a calibrated pass is, whose memory goes back to the system
+_HIDDEN_PASSES, _INNER_PASSES = 40, 8  # over a token's states: norms, rotation, sums, gates
 
 Terms = dict[str, float]
 
@@ -34,7 +36,8 @@ class _Work:
     def terms(self) -> Terms:
         evaluation, generation = self.facts.config.evaluation, self.facts.config.generation
         windows = 0 if evaluation is None else evaluation.windows * evaluation.context
-        new = 0 if generation is None else generation.max_new_tokens
+        prompts = () if generation is None else generation.all_prompts
+        new = 0 if generation is None else generation.max_new_tokens * len(prompts)
         return {
             "libraries, tokenizer": _LIBRARIES + _PARSES[0] * self.facts.source.parse_seconds,
             "load": self._load(),
@@ -42,10 +45,10 @@ class _Work:
             "generate float": new * self._one(False),
             "calibrate": self._calibrate(),
             "quantize": self._quantize(),
-            "save": 2 * self.facts.quantized_bytes * self.rates.hashing,
+            "save": 4 * self.facts.quantized_bytes * self.rates.hashing,
             "read back": self._read_back(),
             "evaluate quantized": windows
-            * (self.quantized_token + self._head(True) + self.rates.statistics + self._keep()),
+            * (self.quantized_token + self._head(True) + self.rates.statistics + self._keep(14)),
             "generate quantized": new * self._one(True),
         }
 
@@ -58,7 +61,9 @@ class _Work:
     def _blocks(self, quantized: bool) -> float:
         """Of a token in all blocks."""
         layers = (x for x in self.facts.linears if x.inside)
-        return self.other + sum(self._layer(x, quantized, 0) for x in layers) / self.rates.tokens
+        products = sum(self._layer(x, quantized, 0) for x in layers) / self.rates.tokens
+        calls = self.facts.blocks * _SMALL_OPERATIONS * self.rates.small / self.rates.tokens
+        return self.other + products + calls
 
     def _layer(self, layer: LinearFacts, quantized: bool, which: int) -> float:
         key = layer.shape, str(layer.scheme)
@@ -77,9 +82,9 @@ class _Work:
         found = next((v for (shape, _), v in known.items() if shape == head), None)
         return (found or self.rates.linear[head])[which]
 
-    def _keep(self) -> float:
-        """Of a token: its logits are checked, and written or read."""
-        return 3 * self.facts.vocabulary * self.rates.element
+    def _keep(self, passes: int = 8) -> float:
+        """Of a token: its logits are checked, and written; or checked, and the float ones read."""
+        return passes * self.facts.vocabulary * self.rates.element
 
     def _one(self, quantized: bool) -> float:
         """A token that is generated alone: every weight is read from memory."""
@@ -92,9 +97,11 @@ class _Work:
 
     def _load(self) -> float:
         source, parameters = self.facts.source, self.facts.plan.parameters
-        finite = parameters * self.rates.element
+        finite = parameters * self.rates.checking
         if source.gguf:
             return _PARSES[1] * source.parse_seconds + parameters * _DEQUANTIZING + finite
+        if self.facts.streamed:
+            return 2 * finite * self.facts.outside_bytes / max(1, self.facts.float_bytes)
         return 2 * finite
 
     def _calibrate(self) -> float:
@@ -104,12 +111,13 @@ class _Work:
             return 0.0
         seen = sum(x.shape[1] * x.count for x in f.quantized_linears) * self.rates.observing
         tokens = sum(batch * length for batch, length in f.padded_batches)
-        return tokens * (self.float_token + self._head(False) + seen)
+        return _GIVEN_BACK * tokens * (self.float_token + self._head(False) + seen)
 
     def _quantize(self) -> float:
         rounding = sum(
             x.elements * self.rates.rounding[str(x.scheme)] for x in self.facts.quantized_linears
         )
+        rounding *= _COLD
         if self.facts.streamed:
             rounding += self._streaming()
         return rounding if self.facts.recipe.plain else rounding + self._blockwise()
@@ -117,8 +125,8 @@ class _Work:
     def _streaming(self) -> float:
         """Blocks are read and checked; finished ones are hashed and written."""
         f, r = self.facts, self.rates
-        read = f.block_elements * f.blocks * (r.element + f.float_dtype.itemsize * r.streaming)
-        return read + 2 * f.quantized_bytes * r.hashing
+        read = f.block_elements * f.blocks * (r.checking + f.float_dtype.itemsize * r.streaming)
+        return 1.5 * read + 4 * f.quantized_bytes * r.hashing
 
     def _blockwise(self) -> float:
         """Hidden states pass through each block; what the steps of the recipe do there."""
@@ -128,11 +136,12 @@ class _Work:
         total = passes * f.calibration_tokens * self.float_token
         if watched:
             total += self._moments()
-        for name, (_, options) in zip(names[::-1], f.recipe.refinements[::-1], strict=False):
+        first = len(f.recipe.transforms) + 1  # behind the algorithm
+        refinements = names[first : first + len(f.recipe.refinements)]
+        for name, (_, options) in zip(refinements, f.recipe.refinements, strict=True):
             if name == "learned_rounding":
                 total += self._learned_rounding(options.iterations, options.sequences)
-        for transform in f.recipe.transforms:
-            total += 20 * f.calibration_tokens / 10 * self.float_token * bool(transform)
+        total += 2 * len(f.recipe.transforms) * f.calibration_tokens * self.float_token
         if f.recipe.finishes:
             total += 4 * f.calibration_tokens * (self.float_token + self._head(False))
         return total
@@ -146,7 +155,7 @@ class _Work:
         steps = iterations * (
             3 * min(sequences, samples) * once + 22 * elements * self.rates.element
         )
-        return steps + checks * check * once
+        return 1.15 * (steps + checks * check * once)
 
     def _moments(self) -> float:
         """Sums of the inputs' products, and the columns that are rounded one by one."""
@@ -157,13 +166,13 @@ class _Work:
             n, k = layer.shape
             flop = self.rates.linear[layer.shape][0] / (self.rates.tokens * n * k)
             products = f.calibration_tokens * k * k / 2 + 3 * k**3 + 6 * n * k * k
-            total += layer.count * (products * flop + 8 * k * 10 * self.rates.small)
+            total += layer.count * 1.35 * (products * flop + 8 * k * 10 * self.rates.small)
         return total
 
     def _read_back(self) -> float:
         """Tensors are hashed and compared, and both models run on a few tokens."""
         runs = 0 if self.facts.streamed else 4
-        compared = 2 * self.facts.quantized_bytes * self.rates.hashing
+        compared = 4 * self.facts.quantized_bytes * self.rates.hashing
         return compared + runs * self._one(True)
 
 

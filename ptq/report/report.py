@@ -86,12 +86,12 @@ def _summary(s: dict[str, Any]) -> list[str]:
         )
     lines += [f"note       {note}" for note in s.get("notes", [])]
     if "generation" in s:
-        g = s["generation"]
-        lines += [
-            f"prompt     {_short(g['prompt'])}",
-            f"float      {_short(g['float'])}",
-            f"quantized  {_short(g['quantized'])}",
-        ]
+        for g in s["generation"].get("samples", [s["generation"]]):
+            lines += [
+                f"prompt     {_short(g['prompt'])}",
+                f"float      {_short(g['float'])}",
+                f"quantized  {_short(g['quantized'])}",
+            ]
     if "resources" in s:
         r = s["resources"]
         lines.append(f"cost       {r['seconds']:.0f} s, {r['peak_memory_bytes'] / 1e9:.2f} GB peak")

@@ -15,13 +15,14 @@ from tokenizers.normalizers import Strip
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import (
-    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
 
 import ptq
@@ -36,6 +37,7 @@ from ptq.evaluation import (
     encode_prompt,
     evaluate,
     sample,
+    window_logits,
 )
 from ptq.evaluation.statistics import TokenStatistics, nll, ratio_interval, student_t
 from tests.helpers import tiny_bert, tiny_llama
@@ -154,7 +156,7 @@ def test_a_disk_that_is_too_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_without_logits_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="needs a causal language model"):
-        evaluate(tiny_bert(), windows())
+        window_logits(tiny_bert(), windows().sequences[0])
 
 
 def test_nan_logits_are_refused() -> None:
@@ -304,7 +306,8 @@ def test_dropout_is_off_while_measuring_and_the_mode_stays() -> None:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: BertForMaskedLM(tiny_bert().config), "BertForMaskedLM is no decoder"),
+        (lambda: ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, intermediate_size=32,
+                                    num_attention_heads=4)), "ViTModel is no decoder"),
         (lambda: T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1,
                                                      num_heads=4, vocab_size=97)), "no decoder"),
     ],

@@ -52,12 +52,12 @@ def test_the_interval_holds_the_true_difference_often_enough() -> None:
 
 def test_answers_are_compared_item_by_item() -> None:
     pytest.importorskip("scipy")
-    theirs = {"a": {0: True, 1: True, 2: False, 5: True}}
-    ours = {"a": {5: False, 0: True, 1: False, 2: True}}
+    theirs = {"a": {0: True, 1: True, 2: False, 3: False, 5: True}}
+    ours = {"a": {5: False, 0: True, 1: False, 2: True, 3: False}}
     found = compare_answers(theirs, ours).to_dict()["a"]
-    assert (found["items"], found["only_float"], found["only_quantized"]) == (4, 2, 1)
-    assert (found["float_accuracy"], found["accuracy"], found["difference"]) == (0.75, 0.5, -0.25)
-    assert accuracies(ours).to_dict() == {"a": 0.5}
+    assert (found["items"], found["only_float"], found["only_quantized"]) == (5, 2, 1)
+    assert (found["float_accuracy"], found["accuracy"], found["difference"]) == (0.6, 0.4, -0.2)
+    assert accuracies(ours).to_dict() == {"a": 0.4}
     with pytest.raises(CalibrationError, match="the same questions"):
         compare_answers(theirs, {"a": {0: True}})
 

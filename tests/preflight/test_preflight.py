@@ -1,5 +1,6 @@
 """Predictions against what real runs of tiny models write and hold, and the check of memory."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    PretrainedConfig,
+)
 
 from ptq.config import as_config
 from ptq.errors import ConfigError
@@ -64,7 +72,8 @@ def quiet(config: Any) -> Report:
 def test_the_size_is_exact(
     tiny_model: Path, tiny_texts: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    output = changes.pop("output", {"dir": "out"})
+    changes = dict(changes)
+    output = changes.pop("output", {})
     config = config_of(
         tiny_model, tiny_texts, output=output | {"dir": str(tmp_path / "out")}, **changes
     )
@@ -72,7 +81,6 @@ def test_the_size_is_exact(
     written = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
     assert preflight["checkpoint_bytes"] == written
     assert preflight["error_percent"]["checkpoint_bytes"] == 0
-    changes["output"] = output
 
 
 def test_the_size_of_several_files_and_of_unfolded_layers(
@@ -88,17 +96,20 @@ def test_the_size_of_several_files_and_of_unfolded_layers(
     assert preflight["checkpoint_bytes"] == sum(p.stat().st_size for p in files)
 
 
-def facts(**changes: Any) -> Facts:
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1000,
+    "tie_word_embeddings": True,
+}
+
+
+def facts(model_config: PretrainedConfig | None = None, **changes: Any) -> Facts:
     """Of a Llama large enough for its terms to be told apart, on the meta device."""
-    model_config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=1000,
-        tie_word_embeddings=True,
-    )
+    model_config = model_config or LlamaConfig(**SIZES)
     config = as_config({
         "model": "x", "scheme": "w8a8", "output": "out",
         "calibration": {"data": "t.txt", "samples": 8, "sequence_length": 64, "batch_size": 4},
@@ -106,9 +117,8 @@ def facts(**changes: Any) -> Facts:
     })  # fmt: skip
     empty = skeleton(model_config, torch.float32)
     recipe = make_recipe(config.recipe, config.scheme)
-    gguf = changes.get("gguf", False)
     made = plan(empty, config, dtype=torch.float32)
-    return facts_of(empty, model_config, made, recipe, config, Source(gguf), torch.float32)
+    return facts_of(empty, model_config, made, recipe, config, Source(gguf=False), torch.float32)
 
 
 def stages(given: Facts) -> dict[str, Stage]:
@@ -133,13 +143,15 @@ def test_facts() -> None:
 
 def test_memory_has_what_a_stage_holds() -> None:
     float_bytes = facts().float_bytes
-    assert float_bytes == 4 * sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, vocab_size=1000, tie_word_embeddings=True)).parameters())  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    assert float_bytes == 4 * sum(p.numel() for p in model.parameters())
     evaluated = stages(facts(evaluation={"data": "e.txt", "context": 128}))
     assert evaluated["evaluate float"].terms["logits of two windows"] == 2 * 128 * 1000 * 4
     assert evaluated["evaluate float"].terms["float model"] == float_bytes
     assert "evaluate float" not in stages(facts())
+    read = stages(facts(scheme="w4a16-g64"))["read back"].terms
+    forms = read["kernels' forms of the weights"]
+    assert read["the model read back"] == facts(scheme="w4a16-g64").quantized_bytes + forms
     static = stages(facts(scheme="w8a8-static"))["quantize"].terms
     assert static["logits of a calibration batch"] == 4 * 64 * 1000 * 4
     learned = facts(scheme="w4a16-g64", recipe=["gptaq", "learned_rounding"])
@@ -153,8 +165,6 @@ def test_memory_has_what_a_stage_holds() -> None:
 
 
 def test_texts_that_are_shorter_than_they_may_be() -> None:
-    import dataclasses
-
     given = facts(scheme="w8a8-static")
     assert given.padded_batches == ((4, 64), (4, 64))
     counted = dataclasses.replace(given, lengths=(3, 9, 4, 4, 20, 1))
@@ -171,7 +181,8 @@ RATES = Rates(
     quantized={((256, 256), "w8a8"): (32.0, 1.0), ((128, 256), "w8a8"): (32.0, 1.0),
                ((512, 256), "w8a8"): (32.0, 1.0), ((256, 512), "w8a8"): (32.0, 1.0)},
     rounding={"w8a8": 1e-3},
-    attention=0.0, statistics=0.0, observing=0.0, element=0.0, hashing=0.0, streaming=0.0, small=0.0,
+    attention=0.0, statistics=0.0, observing=0.0, checking=0.0,
+    element=0.0, hashing=0.0, streaming=0.0, small=0.0,
 )  # fmt: skip
 
 
@@ -181,9 +192,39 @@ def test_time_is_what_is_counted_times_what_each_piece_takes() -> None:
     # 28 layers, one second a token each, and the head's ten; quantized layers take half.
     assert terms["evaluate float"] == pytest.approx(3 * 64 * (28 + 10))
     assert terms["evaluate quantized"] == pytest.approx(3 * 64 * (14 + 10))
-    assert terms["quantize"] == pytest.approx(1e-3 * 4 * given.block_elements)
+    assert terms["quantize"] == pytest.approx(1.2e-3 * 4 * given.block_elements)
     assert "calibrate" not in terms
     assert "generate float" not in terms
+
+
+def test_time_of_learned_rounding_whatever_comes_after_it() -> None:
+    def quantizing(*recipe: Any) -> float:
+        given = facts(scheme="w8a8", recipe=["gptq", *recipe])
+        return time_terms(given, RATES)["quantize"]
+
+    def learned(iterations: int) -> dict[str, Any]:
+        return {"name": "learned_rounding", "options": {"iterations": iterations, "sequences": 1}}
+
+    assert quantizing(learned(200)) > quantizing(learned(100)) > quantizing()
+    grown = quantizing(learned(200)) - quantizing(learned(100))
+    after = quantizing(learned(200), "distill") - quantizing(learned(100), "distill")
+    assert after == pytest.approx(grown)
+    assert quantizing(learned(100), "distill") > quantizing(learned(100))
+
+
+def test_an_expert_sees_its_share_of_the_tokens() -> None:
+    mixture = MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2)
+    given = facts(mixture, evaluation={"data": "e.txt", "windows": 1, "context": 64})
+    seen = {x.shape: (x.count, x.share) for x in given.linears}
+    assert seen[1024, 256] == (4 * 8, 0.25)
+    assert seen[256, 512] == (4 * 8, 0.25)
+    assert seen[256, 256] == (4 * 2, 1.0)
+    once = (64.0, 1.0)
+    linear = dict.fromkeys(seen, once)
+    quantized = {(shape, "w8a8"): once for shape in seen}
+    terms = time_terms(given, dataclasses.replace(RATES, linear=linear, quantized=quantized))
+    # A token passes four attentions of four layers, two of eight experts of two, and the head.
+    assert terms["evaluate float"] == pytest.approx(64 * (4 * (4 + 2 * 2) + 1))
 
 
 def test_a_prediction_and_its_errors() -> None:
@@ -194,8 +235,8 @@ def test_a_prediction_and_its_errors() -> None:
     assert made.seconds == 3.0 + sum((made.times or {}).values())
     values = made.to_dict()
     json.dumps(values)
-    found = compared(values, {"checkpoint_bytes": 800_000, "seconds": values["seconds"],
-                              "cpu_seconds": 2 * values["seconds"], "peak_memory_bytes": 1})  # fmt: skip
+    measured = {"checkpoint_bytes": 800_000, "seconds": values["seconds"], "peak_memory_bytes": 1}
+    found = compared(values, {**measured, "cpu_seconds": 2 * values["seconds"]})
     assert found["error_percent"]["checkpoint_bytes"] == pytest.approx(25)
     assert found["error_percent"]["seconds"] == 0
     assert found["error_percent"]["cpu_seconds"] == pytest.approx(-50)
