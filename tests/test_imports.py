@@ -26,6 +26,7 @@ RANKS = {
     "pipeline": 13, "tuning": 13,
     "schema": 12,
     "command": 14,
+    "advice": 14,
     "cli": 15,
     "__main__": 16,
 }  # fmt: skip

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import ptq
-from ptq.cli.convert import FORMATS
 from ptq.checkpoint import CONVERSIONS, assert_same
 from ptq.checkpoint.packed_int32 import write as packed_write
+from ptq.cli.convert import FORMATS
 from ptq.errors import ConfigError
 from ptq.modules import quantized_layers
 from tests.helpers import quantize_linears, tiny_llama

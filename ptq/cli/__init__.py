@@ -14,6 +14,7 @@ import ptq
 from ptq.command import command_parser
 
 COMMANDS = {
+    "init": "ask for a model and a goal, and write a commented config",
     "plan": "show what a config would do to every layer; loads no weights",
     "quantize": "quantize a model as a config says, save it, verify it, measure it",
     "evaluate": "measure a checkpoint, and its distance from the float model",
