@@ -43,7 +43,9 @@ _FLOATS = {"fp8": {"format": FLOAT8.name}, "fp8-a16": None}
 """Presets of floating-point weights, with their activations."""
 
 
-_BELOW_EIGHT = {name for name, fmt in INTEGERS.items() if fmt.bits < 8}
+_BELOW_EIGHT = [
+    name for name, fmt in INTEGERS.items() if fmt.bits < 8
+]  # a list: a value from YAML may have no hash
 
 Named = Annotated[str, Field(min_length=1)]
 Sources = Annotated[list[str], Field(min_length=1)]
