@@ -203,7 +203,32 @@ CONFIG = keys(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+FITTING = st.fixed_dictionaries({}, optional={
+    "weights": st.fixed_dictionaries({}, optional={
+        "format": st.sampled_from(["int4", "int8", "float8_e4m3fn"]),
+        "symmetric": st.booleans(),
+        "granularity": st.sampled_from(["tensor", "channel", "group"]),
+        "group_size": st.sampled_from([None, 8, 64]),
+        "signed_scale": st.booleans(),
+    }),
+    "activations": st.none() | st.fixed_dictionaries({}, optional={
+        "format": st.sampled_from(["int8", "float8_e4m3fn"]),
+        "mode": st.sampled_from(["static", "dynamic"]),
+        "symmetric": st.booleans(),
+    }),
+})  # fmt: skip
+"""Schemes whose values all fit by themselves: what is wrong is wrong across keys."""
+
+
+@settings(max_examples=400, deadline=None)
+@given(FITTING)
+def test_the_schema_knows_what_goes_with_what(scheme: dict[str, Any]) -> None:
+    for key in ("scheme", "embeddings"):
+        whole = {"scheme": "w8a16", key: scheme}
+        assert VALIDATOR.is_valid(whole) == accepted(whole), whole
+
+
+@settings(max_examples=120, deadline=None)
 @given(CONFIG, SCHEME_NAME)
 def test_the_schema_agrees_with_pydantic(raw: dict[str, Any], name: str) -> None:
     whole = {"scheme": name, **raw}
