@@ -27,8 +27,10 @@ def config_text(wishes: Wishes, facts: Facts, choice: Choice, checkpoint: str) -
     if choice.embeddings is not None:
         share = f"{100 * facts.embedding_share:.0f}%"
         parts.append(
-            _comment(f"The embedding has {share} of the parameters. Engines other than ptq cannot "
-                     "read it quantized; remove the line for those.")
+            _comment(
+                f"The embedding has {share} of the parameters. What this costs was not measured "
+                "apart: see the evaluation. Other engines cannot read it: remove the line for those."
+            )
             + f"embeddings: {choice.embeddings}\n"
         )  # fmt: skip
     if choice.measured.samples:
