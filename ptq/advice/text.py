@@ -29,7 +29,7 @@ def config_text(wishes: Wishes, facts: Facts, choice: Choice, checkpoint: str) -
         parts.append(
             _comment(
                 f"The embedding has {share} of the parameters. What this costs was not measured "
-                "apart: see the evaluation. Other engines cannot read it: remove the line for those."
+                "apart: see the evaluation. Other engines need it float: then leave this line out."
             )
             + f"embeddings: {choice.embeddings}\n"
         )  # fmt: skip
