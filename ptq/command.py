@@ -6,9 +6,12 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ptq.errors import GateError, PTQError
-from ptq.report import Console
+
+if TYPE_CHECKING:  # it loads torch, which --help need not wait for
+    from ptq.report import Console
 
 EXIT_CODES = """exit codes:
   0    done; what was asked for is written and verified
@@ -20,7 +23,24 @@ EXIT_CODES = """exit codes:
 """
 
 
-def run_command(action: Callable[[], object], console: Console) -> int:
+def command_parser(
+    description: str | None, epilog: str = "", prog: str | None = None
+) -> argparse.ArgumentParser:
+    """A parser that shows its description as it stands, and the exit codes.
+
+    Args:
+        epilog: shown before the exit codes.
+        prog: the command's name (default: the script's).
+    """
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=f"{epilog}\n\n{EXIT_CODES}" if epilog else EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def run_command(action: Callable[[], object], console: "Console | None" = None) -> int:
     """Carry out ``action``; print a :class:`PTQError` or an interruption as one line."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -33,7 +53,8 @@ def run_command(action: Callable[[], object], console: Console) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted in stage '{console.stage_name}'; {console.outcome}", file=sys.stderr)
+        where = f" in stage '{console.stage_name}'; {console.outcome}" if console else ""
+        print(f"interrupted{where}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output is gone, as in "... | head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

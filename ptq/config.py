@@ -30,30 +30,11 @@ from pydantic import (
 from ptq.core import Granularity
 from ptq.errors import ConfigError
 from ptq.formats import FLOAT8, FORMATS, INTEGERS, Format, IntFormat
+from ptq.presets import PRESETS as PRESETS
+from ptq.presets import SCHEME_PATTERN
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
 DTypeNameOrAuto = Literal["float32", "float16", "bfloat16", "auto"]
-
-PRESETS = (
-    "w8a16",
-    "w8a8",
-    "w8a8-static",
-    "w8a16-g64",
-    "w4a16-g32",
-    "w4a16-g64",
-    "w4a16-g128",
-    "w4a16-g64-asym",
-    "w4a16-g128-asym",
-    "w4a16",
-    "w4a8-g64",
-    "w4a8-g64-asym",
-    "w4a8-g128",
-    "w3a16-g64-asym",
-    "w2a16-g32-asym",
-    "fp8",
-    "fp8-a16",
-)
-"""Named schemes that are shown in help and errors; any name of the same grammar is accepted."""
 
 _PRESET = re.compile(
     r"w(?P<bits>[2-8])a(?P<abits>16|8)(-g(?P<group>\d+)|(?P<tensor>-tensor))?"
@@ -63,7 +44,19 @@ _FLOATS = {"fp8": {"format": FLOAT8.name}, "fp8-a16": None}
 """Presets of floating-point weights, with their activations."""
 
 
-_BELOW_EIGHT = {name for name, fmt in INTEGERS.items() if fmt.bits < 8}
+_BELOW_EIGHT = [
+    name for name, fmt in INTEGERS.items() if fmt.bits < 8
+]  # a list: a value from YAML may have no hash
+
+Named = Annotated[str, Field(min_length=1)]
+Sources = Annotated[list[str], Field(min_length=1)]
+
+Texts = Annotated[
+    list[str],
+    BeforeValidator(
+        lambda v: [v] if isinstance(v, str) else v, json_schema_input_type=Sources | str
+    ),
+]
 
 S = TypeVar("S", bound="Section")
 
@@ -166,7 +159,9 @@ class ActivationScheme(Section):
 class Scheme(Section):
     """What happens to one layer: its weights and, optionally, its activations."""
 
-    weights: WeightScheme = Field(default_factory=lambda: WeightScheme.model_validate({}))
+    weights: WeightScheme = Field(
+        default_factory=lambda: WeightScheme.model_validate({}), description="default: int8"
+    )
     activations: ActivationScheme | None = Field(None, description="null: left in float")
     input_rotation: Literal["hadamard"] | None = Field(
         None,
@@ -236,16 +231,35 @@ def _scheme_or_float(value: Any) -> Any:
     return None if value == "float" else _scheme_from_name(value)
 
 
-SchemeField = Annotated[Scheme, BeforeValidator(_scheme_from_name)]
+SchemeName = Annotated[
+    str,
+    Field(
+        title="name of a scheme",
+        pattern=SCHEME_PATTERN,
+        examples=list(PRESETS),
+        description="wBaB[-gN|-tensor][-asym][-static], fp8 or fp8-a16",
+    ),
+]
+"""What a scheme may be given as, beside its full form; for the JSON schema."""
+Float = Literal["float"]
+
+SchemeField = Annotated[
+    Scheme, BeforeValidator(_scheme_from_name, json_schema_input_type=Scheme | SchemeName)
+]
+SchemeOrFloat = Annotated[
+    Scheme | None,
+    BeforeValidator(_scheme_or_float, json_schema_input_type=Scheme | SchemeName | Float | None),
+]
 
 
 class Rule(Section):
     """Layers, by name, and the scheme that they get. Later rules win."""
 
-    layers: str = Field(description="glob over layer names, or 're:' and a regular expression")
-    scheme: Annotated[Scheme | None, BeforeValidator(_scheme_or_float)] = Field(
-        description="a preset, a full scheme, or 'float'"
+    layers: str = Field(
+        description="glob over layer names, or 're:' and a regular expression",
+        examples=["*.mlp.down_proj", "lm_head", r"re:model\.layers\.(0|29)\..*"],
     )
+    scheme: SchemeOrFloat = Field(description="a preset, a full scheme, or 'float'")
 
     @field_validator("layers")
     @classmethod
@@ -261,8 +275,8 @@ class Rule(Section):
 class Plugin(Section):
     """A named plugin and its options; the plugin's own file checks the options."""
 
-    name: str
-    options: dict[str, Any] = Field(default_factory=dict)
+    name: str = Field(description="of the plugin")
+    options: dict[str, Any] = Field(default_factory=dict, description="of the plugin")
 
 
 def _plugin_from_name(value: Any) -> Any:
@@ -277,9 +291,13 @@ class ModelConfig(Section):
     """Where the float model comes from and how it is held."""
 
     id: str = Field(
-        min_length=1, description="hub id, local directory, .gguf file, or package:NAME/FILE"
+        min_length=1,
+        description="hub id, local directory, .gguf file, or package:NAME/FILE",
+        examples=["HuggingFaceTB/SmolLM2-360M-Instruct", "./my_model", "model.gguf"],
     )
-    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    revision: str | None = Field(
+        None, description="branch, tag or commit on the hub", examples=["main"]
+    )
     dtype: DTypeNameOrAuto = Field("auto", description="auto: as stored")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, ... or auto")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
@@ -297,19 +315,27 @@ def _model_from_id(value: Any) -> Any:
 class CalibrationConfig(Section):
     """The text that observers see."""
 
-    data: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(
-        min_length=1, description=".txt, .jsonl, .parquet, a directory or a datasets id"
+    data: Texts = Field(
+        min_length=1,
+        description=".txt, .jsonl, .parquet, a directory or a datasets id",
+        examples=["calibration_data/calibration.jsonl", ["first.txt", "second.jsonl"]],
     )
-    subset: str | None = Field(None, description="configuration name of a datasets id")
+    subset: str | None = Field(
+        None, description="configuration name of a datasets id", examples=["wikitext-2-raw-v1"]
+    )
     split: str = Field("train", description="split of a datasets id")
-    column: str | None = Field(None, description="text or messages column (default: found)")
+    column: str | None = Field(
+        None, description="text or messages column (default: found)", examples=["text"]
+    )
     samples: Annotated[int, Field(ge=1)] = Field(64, description="sequences used")
     sequence_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens a sequence")
     batch_size: Annotated[int, Field(ge=1)] = Field(8, description="sequences at a time")
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(
         0, description="seed of the choice of sequences"
     )
-    observer: Annotated[Plugin, BeforeValidator(_plugin_from_name)] = Field(
+    observer: Annotated[
+        Plugin, BeforeValidator(_plugin_from_name, json_schema_input_type=Plugin | str)
+    ] = Field(
         default_factory=lambda: Plugin(name="minmax"),
         description="minmax, moving_average, percentile, mse or entropy",
     )
@@ -322,12 +348,18 @@ TextsField = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v,
 class EvaluationConfig(Section):
     """Float against quantized on held-out text."""
 
-    data: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(
-        min_length=1, description="as calibration.data; never the same text"
+    data: Texts = Field(
+        min_length=1,
+        description="as calibration.data; never the same text",
+        examples=["calibration_data/evaluation.jsonl"],
     )
-    subset: str | None = None
-    split: str = "test"
-    column: str | None = None
+    subset: str | None = Field(
+        None, description="configuration name of a datasets id", examples=["wikitext-2-raw-v1"]
+    )
+    split: str = Field("test", description="split of a datasets id")
+    column: str | None = Field(
+        None, description="text or messages column (default: found)", examples=["text"]
+    )
     windows: Annotated[int, Field(ge=1)] = Field(16, description="windows scored at most")
     context: Annotated[int, Field(ge=2)] = Field(512, description="tokens a window")
     speed: bool = Field(
@@ -349,11 +381,15 @@ def _text_from_source(value: Any) -> Any:
 class GenerationConfig(Section):
     """Samples of text before and after, decoded greedily."""
 
-    prompt: Annotated[str, Field(pattern=r"\S")] = "The capital of France is"
+    prompt: Annotated[str, Field(pattern=r"\S")] = Field(
+        "The capital of France is", description="what both models go on from"
+    )
     prompts: list[Annotated[str, Field(pattern=r"\S")]] = Field(
         default_factory=list, description="further prompts"
     )
-    max_new_tokens: Annotated[int, Field(ge=1)] = 32
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(
+        32, description="tokens after each, at most"
+    )
     chat: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
 
     @property
@@ -365,7 +401,7 @@ class OutputConfig(Section):
     """Where the checkpoint goes."""
 
     dir: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
-        min_length=1, description="directory to create"
+        min_length=1, description="directory to create", examples=["out/my-model-w4"]
     )
     dtype: DTypeNameOrAuto = Field(
         "auto", description="dtype of what stays float (auto: the model's)"
@@ -445,7 +481,12 @@ def _cache_from_name(value: Any) -> Any:
     return {"bits": int(value[3:])}
 
 
-KVCacheField = Annotated[KVCacheConfig, BeforeValidator(_cache_from_name)]
+KVCacheField = Annotated[
+    KVCacheConfig,
+    BeforeValidator(
+        _cache_from_name, json_schema_input_type=KVCacheConfig | Literal["int8", "int4"]
+    ),
+]
 
 
 def cache_config(value: "str | dict[str, Any] | KVCacheConfig") -> KVCacheConfig:
@@ -471,15 +512,27 @@ class QuantizationConfig(Section):
     """Everything that a run needs. ``scheme`` alone is enough for :func:`ptq.quantize`."""
 
     scheme: SchemeField = Field(description="a preset such as w8a8 or w4a16-g64, or a mapping")
-    model: Annotated[ModelConfig | None, BeforeValidator(_model_from_id)] = None
+    model: Annotated[
+        ModelConfig | None,
+        BeforeValidator(_model_from_id, json_schema_input_type=ModelConfig | Named | None),
+    ] = Field(
+        None,
+        description="the float model: its id alone, or a mapping",
+        examples=["HuggingFaceTB/SmolLM2-360M-Instruct"],
+    )
     rules: list[Rule] = Field(default_factory=list, description="per layer; later rules win")
-    embeddings: Annotated[Scheme | None, BeforeValidator(_scheme_or_float)] = Field(
+    embeddings: SchemeOrFloat = Field(
         None,
         description="weight-only scheme of the token embedding, such as w8a16, or float; "
         "an output head tied to it shares it",
     )
     recipe: Annotated[
-        list[Annotated[Plugin, BeforeValidator(_plugin_from_name)]], BeforeValidator(_list_from_one)
+        list[
+            Annotated[
+                Plugin, BeforeValidator(_plugin_from_name, json_schema_input_type=Plugin | str)
+            ]
+        ],
+        BeforeValidator(_list_from_one, json_schema_input_type=list[Plugin | str] | Plugin | str),
     ] = Field(
         default_factory=lambda: [Plugin(name="rtn")],
         description="steps, in order: transforms (smoothquant, awq, rotation), one algorithm (rtn, "
@@ -491,15 +544,42 @@ class QuantizationConfig(Section):
         description="keep: an output head tied to the embedding stays tied, and float unless "
         "'embeddings' quantizes both; untie: rules may quantize the head by itself",
     )
-    calibration: Annotated[CalibrationConfig | None, BeforeValidator(_text_from_source)] = None
-    evaluation: Annotated[EvaluationConfig | None, BeforeValidator(_text_from_source)] = None
-    generation: GenerationConfig | None = None
+    calibration: Annotated[
+        CalibrationConfig | None,
+        BeforeValidator(
+            _text_from_source, json_schema_input_type=CalibrationConfig | Sources | str | None
+        ),
+    ] = Field(
+        None,
+        description="the text that recipes and static activations look at",
+        examples=["calibration_data/calibration.jsonl"],
+    )
+    evaluation: Annotated[
+        EvaluationConfig | None,
+        BeforeValidator(
+            _text_from_source, json_schema_input_type=EvaluationConfig | Sources | str | None
+        ),
+    ] = Field(
+        None,
+        description="held-out text on which float and quantized are compared",
+        examples=["calibration_data/evaluation.jsonl"],
+    )
+    generation: GenerationConfig | None = Field(
+        None, description="a sample of text before and after"
+    )
     kv_cache: KVCacheField | None = Field(
         None,
         description="int8, int4 or a mapping: how model.generate keeps keys and values (null: "
         "in float)",
     )
-    output: Annotated[OutputConfig | None, BeforeValidator(_output_from_dir)] = None
+    output: Annotated[
+        OutputConfig | None,
+        BeforeValidator(_output_from_dir, json_schema_input_type=OutputConfig | Named | None),
+    ] = Field(
+        None,
+        description="where the checkpoint goes: its directory alone, or a mapping",
+        examples=["out/my-model-w4"],
+    )
 
     @model_validator(mode="after")
     def _rotation_is_a_step(self) -> Self:

@@ -6,17 +6,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from ptq.command import EXIT_CODES, positive
+from ptq.command import command_parser as script_parser
+from ptq.command import positive
 from ptq.config import preset
-
-
-def script_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser that shows its script's description as it stands, and the exit codes."""
-    return argparse.ArgumentParser(
-        description=description,
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 def command_line(script: str, arguments: list[str] | None) -> str:

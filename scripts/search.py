@@ -1,111 +1,13 @@
 #!/usr/bin/env python
-"""Search a scheme for each layer under a budget; write the recipe that quantize_model.py runs.
+"""Search a scheme for each layer: `ptq search`, whose code is in ptq/cli/search.py."""
 
-The recipe's rules pin layers, its recipe finds the codes, its calibration section is the text that
-sensitivities are predicted on, and its evaluation section the text that the result is measured on.
-"""
-
-import argparse
-import json
+import signal
 import sys
 
-from arguments import script_parser
+if __name__ == "__main__":  # until there is something to clean up, Ctrl-C just stops
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from ptq.command import output_file, positive, run_command
-from ptq.report import Console
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = script_parser(__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML recipe")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="override a key of the recipe; repeatable",
-    )  # fmt: skip
-    parser.add_argument(
-        "--budget", action="append", required=True,
-        help='"90 MB", "as small as w4a16-g64", "4.5 bits", "1%% perplexity", "2.5 ms", "as fast '
-        'as w8a8"; several hold together',
-    )  # fmt: skip
-    parser.add_argument(
-        "--output", required=True, type=output_file, metavar="FILE", help="the YAML to write"
-    )
-    parser.add_argument(
-        "--schemes", nargs="+", default=[], help="candidates (default: by the recipe's scheme)"
-    )
-    parser.add_argument(
-        "--ends", nargs="+", default=[], metavar="SCHEME",
-        help="candidates for the embedding and the output head, as in --ends float w8a16",
-    )  # fmt: skip
-    parser.add_argument(
-        "--against", nargs="+", default=[], metavar="SCHEME", help="uniform schemes to measure too"
-    )
-    parser.add_argument(
-        "--no-fuse", action="store_true", help="q, k, v (gate, up) may get different schemes"
-    )
-    parser.add_argument("--no-verify", action="store_true", help="do not measure the result")
-    parser.add_argument(
-        "--rows", type=positive, default=1, help="tokens in a call, for time (default: 1)"
-    )
-    parser.add_argument(
-        "--draws", type=positive, default=2, help="backward passes for each sequence (default: 2)"
-    )
-    parser.add_argument(
-        "--trials", type=positive, default=5, help="measured for a bound on perplexity (default: 5)"
-    )
-    parser.add_argument(
-        "--sensitivity", type=output_file, metavar="FILE",
-        help="keeps the predictions for the next budget: read if it is there, else written",
-    )  # fmt: skip
-    parser.add_argument(
-        "--json", type=output_file, metavar="FILE",
-        help="write the curve and all figures here; as search.json beside report.json, the page "
-        "of the report draws it",
-    )  # fmt: skip
-    return parser.parse_args(arguments)
-
-
-def search(options: argparse.Namespace, console: Console) -> None:
-    import ptq
-    from ptq.config import load_config
-    from ptq.errors import ConfigError
-    from ptq.model import ModelSource, load_model, load_tokenizer
-
-    config = load_config(options.config, options.overrides)
-    if config.model is None:
-        raise ConfigError("key 'model' is required: a hub id, a directory or a .gguf file")
-    console.stage("load")
-    source = ModelSource.resolve(config.model)
-    model, tokenizer = load_model(source), load_tokenizer(source)
-    found = ptq.search(
-        model,
-        options.budget,
-        config=config,
-        tokenizer=tokenizer,
-        schemes=options.schemes,
-        ends=options.ends,
-        fuse=not options.no_fuse,
-        rows=options.rows,
-        draws=options.draws,
-        trials=options.trials,
-        verify=not options.no_verify,
-        against=options.against,
-        sensitivity=options.sensitivity,
-        console=console,
-    )
-    found.save(options.output)
-    if options.json:
-        options.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
-    console.stage("done")
-    console.say(found)
-    console.say(f"written    {options.output}: python scripts/quantize_model.py --config it")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    console = Console()
-    return run_command(lambda: search(options, console), console)
-
+from ptq.cli.search import main
 
 if __name__ == "__main__":
     sys.exit(main())

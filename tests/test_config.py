@@ -65,6 +65,7 @@ def test_shorthands(tmp_path: Path) -> None:
         ("scheme: w8a8\ncalibration: {data: x, samples: 0}", 2, "greater than or equal to 1"),
         ("scheme: w8a8\ncalibration: {data: []}", 2, "at least 1 item"),
         ("scheme: {weights: {format: int9}}", 1, "'int2', 'int3'"),
+        ("scheme: {weights: {format: []}}", 1, "'int2', 'int3'"),
         ("scheme: {weights: {granularity: group}}", 1, "needs a group_size"),
         (
             "scheme: {weights: {granularity: channel, group_size: 64}}",

@@ -11,7 +11,7 @@ import ptq
 
 PACKAGE = Path(ptq.__file__).parent
 RANKS = {
-    "errors": 0, "formats": 0, "core": 1,
+    "errors": 0, "formats": 0, "presets": 0, "core": 1,
     "config": 2,
     "plugins": 3, "kernels": 4, "observers": 4, "model": 4,
     "modules": 5, "kv_cache": 5,
@@ -24,7 +24,11 @@ RANKS = {
     "report": 11, "resume": 11, "huggingface": 11,
     "tuning_cache": 12, "preflight": 12,
     "pipeline": 13, "tuning": 13,
+    "schema": 12,
     "command": 14, "diagnosis": 14, "mixed_precision": 14,
+    "advice": 14,
+    "cli": 15,
+    "__main__": 16,
 }  # fmt: skip
 HEAVY = ("datasets", "matplotlib", "transformers", "pandas")
 

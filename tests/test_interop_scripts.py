@@ -13,6 +13,7 @@ import torch
 import ptq
 from ptq.checkpoint import CONVERSIONS, assert_same
 from ptq.checkpoint.packed_int32 import write as packed_write
+from ptq.cli.convert import FORMATS
 from ptq.errors import ConfigError
 from ptq.modules import quantized_layers
 from tests.helpers import quantize_linears, tiny_llama
@@ -39,7 +40,7 @@ def test_convert_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_convert_to_packed_formats(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert convert_checkpoint.FORMATS == CONVERSIONS
+    assert FORMATS == CONVERSIONS
     model = quantize_linears(tiny_llama(), "w4a16-g32-asym")
     ptq.save(model, tmp_path / "a")
     there = (tmp_path / "a", tmp_path / "there", "--format", name)

@@ -17,9 +17,13 @@ class ClipOptions(BaseModel):
     """Whether ranges are clipped, and how finely that is searched."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    clip: bool = False
-    grid: Annotated[int, Field(ge=1, le=200)] = 20  # clipped ranges that are tried
-    smallest: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the range, the narrowest one
+    clip: bool = Field(False, description="search clipped ranges")
+    grid: Annotated[int, Field(ge=1, le=200)] = Field(
+        20, description="clipped ranges that are tried"
+    )
+    smallest: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="narrowest range that is tried, as a share of the whole"
+    )
 
 
 def range_qparams(weight: Tensor, scheme: WeightScheme) -> QParams:

@@ -27,19 +27,33 @@ from ptq.formats import IntFormat
 class GptqOptions(ClipOptions):
     """GPTQ's own options, and those of the search for its scales."""
 
-    clip: bool = True
-    damping: Annotated[float, Field(gt=0, lt=1)] = 0.01  # of the mean of H's diagonal
-    act_order: bool = True  # columns with large inputs first; scales from the first weights
-    block: Annotated[int, Field(ge=1)] = 128  # columns between two updates of the rest
-    feedback: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the upstream error made up for
-    refine: Annotated[int, Field(ge=0)] = 2  # passes of descent on the codes, afterwards
-    tune_scales: bool = True  # least squares for the scales, with each pass and at the end
+    clip: bool = Field(True, description="search clipped ranges before")
+    damping: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.01, description="added to H's diagonal, as a share of its mean"
+    )
+    act_order: bool = Field(
+        True, description="columns with large inputs first; scales from the first weights"
+    )
+    block: Annotated[int, Field(ge=1)] = Field(
+        128, description="columns between two updates of the rest"
+    )
+    feedback: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the upstream error that is made up for"
+    )
+    refine: Annotated[int, Field(ge=0)] = Field(
+        2, description="passes of descent on the codes, afterwards"
+    )
+    tune_scales: bool = Field(
+        True, description="least squares for the scales, with each pass and at the end"
+    )
 
 
 class GptaqOptions(GptqOptions):
     """GPTQ with all of the upstream error made up for."""
 
-    feedback: Annotated[float, Field(ge=0, le=1)] = 1.0
+    feedback: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="share of the upstream error that is made up for"
+    )
 
 
 def gptq(

@@ -26,10 +26,12 @@ class HqqOptions(BaseModel):
     """Of the half-quadratic solver; the defaults are its authors'."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    norm: Annotated[float, Field(gt=0, le=1)] = 0.7
-    beta: Annotated[float, Field(gt=0)] = 10.0
-    growth: Annotated[float, Field(gt=1)] = 1.01
-    iterations: Annotated[int, Field(ge=1)] = 20
+    norm: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.7, description="p of the norm of the error: small for few weights far off"
+    )
+    beta: Annotated[float, Field(gt=0)] = Field(10.0, description="of the penalty, at first")
+    growth: Annotated[float, Field(gt=1)] = Field(1.01, description="of the penalty, at each step")
+    iterations: Annotated[int, Field(ge=1)] = Field(20, description="steps, at most")
 
 
 def hqq(

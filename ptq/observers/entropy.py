@@ -18,7 +18,9 @@ class EntropyOptions(BaseModel):
     """``grid``: number of thresholds to try, in geometric sequence."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    grid: Annotated[int, Field(ge=2, le=4096)] = 128
+    grid: Annotated[int, Field(ge=2, le=4096)] = Field(
+        128, description="thresholds that are tried, in geometric sequence"
+    )
 
 
 class Entropy:

@@ -13,7 +13,9 @@ class MovingAverageOptions(BaseModel):
     """``momentum``: the weight of what was seen before, against one batch."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="weight of what was seen before, against one batch"
+    )
 
 
 class MovingAverage:

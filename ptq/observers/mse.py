@@ -24,8 +24,12 @@ class MSEOptions(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    grid: Annotated[int, Field(ge=2, le=4096)] = 128
-    norm: Annotated[float, Field(ge=1, le=8)] = 2.0
+    grid: Annotated[int, Field(ge=2, le=4096)] = Field(
+        128, description="shrink factors that are tried, in geometric sequence"
+    )
+    norm: Annotated[float, Field(ge=1, le=8)] = Field(
+        2.0, description="power of the error; 2.4 clips less"
+    )
 
 
 class MSE:

@@ -15,7 +15,9 @@ class PercentileOptions(BaseModel):
     """Which share is kept: ``percentile`` of 99.9 cuts the outer 0.1% at each end."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    percentile: Annotated[float, Field(gt=50, le=100)] = Field(
+        99.99, description="what is kept at each end: 99.9 cuts the outer 0.1%"
+    )
 
 
 class Percentile:

@@ -25,10 +25,14 @@ class DistillOptions(BaseModel):
     """How long, and how far."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    epochs: Annotated[int, Field(ge=1)] = 1
-    sequences: Annotated[int, Field(ge=1)] = 2  # per step
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # of scales, relative to them
-    norms: bool = True  # tune the weights of norms as well
+    epochs: Annotated[int, Field(ge=1)] = Field(
+        1, description="times that the calibration data is gone through"
+    )
+    sequences: Annotated[int, Field(ge=1)] = Field(2, description="calibration sequences a step")
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(
+        1e-3, description="of scales, relative to them"
+    )
+    norms: bool = Field(True, description="tune the weights of norms as well")
 
 
 @dataclass(eq=False)

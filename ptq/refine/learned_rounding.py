@@ -25,12 +25,19 @@ class LearnedRoundingOptions(BaseModel):
     """How long, on how much, and how far."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    iterations: Annotated[int, Field(ge=1)] = 100
-    sequences: Annotated[int, Field(ge=1)] = 4  # per iteration
-    learning_rate: Annotated[float, Field(gt=0)] | None = None  # default: 1 / iterations
-    scales: bool = True  # learn them too
-    scale_rate: Annotated[float, Field(gt=0)] = 0.03  # their learning rate over the rounding's
-    scale_range: Annotated[float, Field(gt=0, lt=1)] = 0.2  # they change by this share at most
+    iterations: Annotated[int, Field(ge=1)] = Field(100, description="steps of descent for a block")
+    sequences: Annotated[int, Field(ge=1)] = Field(4, description="calibration sequences a step")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="of the rounding, as a share of a step of the scale (default: 1 / iterations)",
+    )
+    scales: bool = Field(True, description="learn the scales too")
+    scale_rate: Annotated[float, Field(gt=0)] = Field(
+        0.03, description="learning rate of the scales over the rounding's"
+    )
+    scale_range: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="scales change by this share at most"
+    )
 
 
 @dataclass(eq=False)

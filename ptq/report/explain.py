@@ -104,7 +104,8 @@ def explain(
     """Say which kernel serves each quantized layer.
 
     Args:
-        device, dtype: of the activations (default: the model's).
+        device: of the activations (default: the model's).
+        dtype: likewise.
 
     Raises:
         UnsupportedError: the model has no quantized layer.

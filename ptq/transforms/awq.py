@@ -23,7 +23,9 @@ class AWQOptions(BaseModel):
     """How finely."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    grid: Annotated[int, Field(ge=1, le=1000)] = 20  # steps of the search from 0 to 1
+    grid: Annotated[int, Field(ge=1, le=1000)] = Field(
+        20, description="steps of the search from 0 to 1"
+    )
 
 
 def awq(

@@ -29,7 +29,9 @@ class EqualizeOptions(BaseModel):
     """How often."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    iterations: Annotated[int, Field(ge=1, le=10_000)] = 100  # over the pairs of a chain, at most
+    iterations: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        100, description="over the pairs of a chain, at most"
+    )
 
 
 @torch.no_grad()

@@ -28,8 +28,12 @@ class RotationOptions(BaseModel):
     """When it is worth its time."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    gain: Annotated[float, Field(ge=0, lt=1)] = 0.1  # least share of the error that must go
-    draws: Annotated[int, Field(ge=0, le=100)] = 4  # of signs, where a norm can hold them
+    gain: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="least share of the error that must go"
+    )
+    draws: Annotated[int, Field(ge=0, le=100)] = Field(
+        4, description="draws of signs that are tried, where a norm can hold them"
+    )
 
 
 @torch.no_grad()

@@ -22,8 +22,14 @@ class SmoothQuantOptions(BaseModel):
     """How far."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    strength: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = "search"
-    grid: Annotated[int, Field(ge=1, le=1000)] = 20  # steps of the search from 0 to 1
+    strength: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = Field(
+        "search",
+        description="how much of the activations' outliers the weights take; search: what "
+        "measures best for each group of layers",
+    )
+    grid: Annotated[int, Field(ge=1, le=1000)] = Field(
+        20, description="steps of the search from 0 to 1"
+    )
 
 
 def smoothquant(
