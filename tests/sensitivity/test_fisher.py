@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,22 @@ def test_it_is_the_quadratic_form_in_expectation() -> None:
         assert predicted == pytest.approx(wanted, rel=5 * (2 / 600) ** 0.5), together
         assert found.products[together[0], W4].shape == (600,)
     assert found.kl(dict.fromkeys(names)) == 0
+
+
+def test_what_moves_all_logits_alike_costs_nothing() -> None:
+    """The softmax does not see it: only the second term of the covariance takes it away."""
+
+    def shifted(rows: slice):
+        def quantize(weight: Tensor, _: object) -> SimpleNamespace:
+            moved = weight.clone()
+            moved[rows] += 0.25
+            return SimpleNamespace(dequantize=lambda: moved)
+
+        return predicted_divergence(
+            tiny_llama(), tokens(), {"lm_head": [W4]}, quantize=quantize, draws=5
+        ).kl({"lm_head": W4})
+
+    assert shifted(slice(None)) < 1e-6 * shifted(slice(48))
 
 
 def test_rounded_inputs_add_to_the_product() -> None:
