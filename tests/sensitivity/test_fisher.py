@@ -13,7 +13,7 @@ from ptq.calibrate import TokenSet
 from ptq.config import Scheme, preset
 from ptq.errors import CalibrationError, ConfigError, UnsupportedError
 from ptq.kernels import quantize_activation
-from ptq.sensitivity.fisher import predicted_divergence
+from ptq.sensitivity.fisher import _signs, predicted_divergence
 from ptq.sensitivity.kept import load_prediction, origin_of, refuse_other, save_prediction
 from tests.helpers import tiny_bert, tiny_llama, tiny_tokens
 
@@ -116,6 +116,8 @@ def test_padding_does_not_count() -> None:
     )
     plain = predicted_divergence(model, [{"input_ids": ids[:, :6]}], {DOWN: [W4]}, draws=100)
     assert padded.tokens == plain.tokens == 6
+    drawn = _signs(torch.randn(1, 9, 97), mask.bool(), torch.Generator())
+    assert (drawn[0, 6:] == 0).all() and (drawn[0, :6] != 0).all()
     assert padded.kl({DOWN: W4}) == pytest.approx(plain.kl({DOWN: W4}), rel=0.8)
 
 
