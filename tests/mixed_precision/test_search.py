@@ -13,6 +13,7 @@ import ptq
 from ptq.config import QuantizationConfig, as_config, load_config, preset
 from ptq.errors import CalibrationError, ConfigError, UnsupportedError
 from ptq.mixed_precision.choices import make_space
+from ptq.mixed_precision.configure import configure
 from ptq.mixed_precision.proof import within_bound
 from ptq.mixed_precision.result import Measured
 from tests.tiny import tiny_model_directory, tiny_text
@@ -94,6 +95,20 @@ def test_choices_and_bytes(loaded) -> None:
         assert whole + space.fixed_bytes == plan.bytes_after
     alone = make_space(model, config, schemes, fuse=False)
     assert all(len(choice.layers) == 1 for choice in alone.choices)
+
+
+def test_pinned_layers_win(loaded) -> None:
+    """The user's rule comes after the searched ones, and the plan has all that was chosen."""
+    model, _, config = loaded
+    space = make_space(model, config, [preset("w3a16-g16-asym"), preset("w8a16")])
+    chosen = [
+        (choice, choice.options[0 if "mlp" in choice.layers[0] else 1]) for choice in space.choices
+    ]
+    made, written = configure(model, config, chosen)
+    assert len(written) > 0 and made.rules[len(written) :] == config.rules
+    schemes = ptq.plan(model, made).schemes
+    assert schemes.pop("model.layers.1.mlp.down_proj") == preset("w8a16")
+    assert schemes == {name: option.scheme for c, option in chosen for name in c.layers}
 
 
 @pytest.mark.parametrize("tied", ["keep", "untie"])

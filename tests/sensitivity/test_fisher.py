@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ptq.calibrate import TokenSet
 from ptq.config import Scheme, preset
 from ptq.errors import CalibrationError, ConfigError, UnsupportedError
 from ptq.kernels import quantize_activation
-from ptq.sensitivity.fisher import predicted_divergence
+from ptq.sensitivity.fisher import _signs, predicted_divergence
 from ptq.sensitivity.kept import load_prediction, origin_of, refuse_other, save_prediction
 from tests.helpers import tiny_bert, tiny_llama, tiny_tokens
 
@@ -66,6 +67,22 @@ def test_it_is_the_quadratic_form_in_expectation() -> None:
     assert found.kl(dict.fromkeys(names)) == 0
 
 
+def test_what_moves_all_logits_alike_costs_nothing() -> None:
+    """The softmax does not see it: only the second term of the covariance takes it away."""
+
+    def shifted(rows: slice):
+        def quantize(weight: Tensor, _: object) -> SimpleNamespace:
+            moved = weight.clone()
+            moved[rows] += 0.25
+            return SimpleNamespace(dequantize=lambda: moved)
+
+        return predicted_divergence(
+            tiny_llama(), tokens(), {"lm_head": [W4]}, quantize=quantize, draws=5
+        ).kl({"lm_head": W4})
+
+    assert shifted(slice(None)) < 1e-6 * shifted(slice(48))
+
+
 def test_rounded_inputs_add_to_the_product() -> None:
     """Against the gradient of a layer whose output is shifted by hand."""
     model = tiny_llama()
@@ -99,6 +116,8 @@ def test_padding_does_not_count() -> None:
     )
     plain = predicted_divergence(model, [{"input_ids": ids[:, :6]}], {DOWN: [W4]}, draws=100)
     assert padded.tokens == plain.tokens == 6
+    drawn = _signs(torch.randn(1, 9, 97), mask.bool(), torch.Generator())
+    assert (drawn[0, 6:] == 0).all() and (drawn[0, :6] != 0).all()
     assert padded.kl({DOWN: W4}) == pytest.approx(plain.kl({DOWN: W4}), rel=0.8)
 
 
