@@ -155,7 +155,7 @@ def test_mistakes_in_a_recipe_before_any_weights(
     steps: object,
     said: str,
 ) -> None:
-    monkeypatch.delattr("ptq.pipeline.load_model")
+    monkeypatch.delattr("ptq.job.produce.load_model")
     assert said in fails(capsys, "--config", str(recipe(recipe=steps)))
 
 
@@ -168,7 +168,7 @@ def test_dry_run_loads_no_weights_and_writes_nothing(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("ptq.pipeline.load_model", forbidden)
+    monkeypatch.setattr("ptq.job.produce.load_model", forbidden)
     assert main("--config", str(recipe()), "--dry-run") == 0
     assert nothing_left(tmp_path)
     assert "model.layers.*.mlp.down_proj" in capsys.readouterr().out
@@ -221,7 +221,7 @@ def test_mistakes_in_a_gate_before_any_weights(
     condition: str,
     said: str,
 ) -> None:
-    monkeypatch.delattr("ptq.pipeline.load_model")
+    monkeypatch.delattr("ptq.job.produce.load_model")
     assert said in fails(capsys, "--config", str(recipe(**changes)), "--fail-if", condition)
 
 
@@ -385,7 +385,7 @@ def test_mistakes_are_one_line_before_any_weights(
     changes: dict[str, object],
     expected: str,
 ) -> None:
-    monkeypatch.setattr("ptq.pipeline.load_model", None)
+    monkeypatch.setattr("ptq.job.produce.load_model", None)
     monkeypatch.chdir(ROOT)
     if changes.get("evaluation", {}).get("data") == "EVALUATION":  # type: ignore[attr-defined]
         changes = {"evaluation": {**changes["evaluation"], "data": str(tiny_texts[1])}}  # type: ignore[dict-item]
@@ -585,12 +585,12 @@ def test_full_disk(
 @pytest.mark.parametrize(
     "stage",
     [
-        "ptq.pipeline.skeleton",
-        "ptq.pipeline.load_tokenizer",
-        "ptq.pipeline.load_model",
-        "ptq.pipeline.quantize_layers",
+        "ptq.job.planning.skeleton",
+        "ptq.job.data.load_tokenizer",
+        "ptq.job.produce.load_model",
+        "ptq.quantization.quantize_layers",
         "ptq.checkpoint.save",
-        "ptq.pipeline.compare",
+        "ptq.job.measure.compare",
     ],
 )
 def test_interruption_in_every_stage(

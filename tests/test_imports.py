@@ -23,12 +23,12 @@ RANKS = {
     "compiled_step": 9, "common_subexpressions": 8, "compiled_regions": 8, "likeness": 7,
     "report": 11, "resume": 11, "huggingface": 11,
     "tuning_cache": 12, "preflight": 12,
-    "pipeline": 13, "tuning": 13,
-    "schema": 12,
-    "command": 14, "diagnosis": 14, "mixed_precision": 14,
-    "advice": 14,
-    "cli": 15,
-    "__main__": 16,
+    "quantization": 12, "schema": 12,
+    "job": 13, "tuning": 13,
+    "pipeline": 14,
+    "command": 15, "diagnosis": 15, "mixed_precision": 15, "advice": 15,
+    "cli": 16,
+    "__main__": 17,
 }  # fmt: skip
 HEAVY = ("datasets", "matplotlib", "transformers", "pandas")
 

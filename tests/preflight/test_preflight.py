@@ -288,8 +288,8 @@ def test_available_memory(tmp_path: Path) -> None:
 def test_a_run_that_cannot_have_its_memory_stops_before_the_weights(
     tiny_model: Path, tiny_texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ptq.pipeline.available_bytes", lambda: 1000)
-    monkeypatch.delattr("ptq.pipeline.load_model")
+    monkeypatch.setattr("ptq.job.planning.available_bytes", lambda: 1000)
+    monkeypatch.delattr("ptq.job.produce.load_model")
     config = config_of(tiny_model, tiny_texts, output=str(tmp_path / "out"))
     with pytest.raises(ConfigError, match="of memory more in"):
         quiet(config)
