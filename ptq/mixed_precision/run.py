@@ -96,7 +96,8 @@ def search(
     budgets = parse_budgets(budget)
     make_recipe(config.recipe, config.scheme)
     wanted = _schemes(schemes or default_schemes(config.scheme))
-    space = make_space(model, config, wanted, _schemes(ends), fuse=fuse, dtype=float_dtype(config))
+    others = _uniform(against)
+    space = make_space(model, config, wanted, _ends(ends), fuse=fuse, dtype=float_dtype(config))
     sizes = [_size(b, space, model, config) for b in budgets if b.kind in ("bytes", "bits")]
     allocate(bytes_table(space), sizes)  # an impossible budget is found before long work
     bound = next((b.value for b in budgets if b.kind == "perplexity"), None)
@@ -114,7 +115,7 @@ def search(
         reference.record(model, windows.sequences, console.bar("window"))
         prover = Prover(model, tokenizer, windows, reference, console)
         chosen, measured = job.proved(problem, prover, bound, trials)
-        measured += [prover.measure(name, job.uniform(name)) for name in against]
+        measured += [prover.measure(str(other), job.uniform(other)) for other in others]
     return job.result(problem, chosen, measured)
 
 
@@ -227,9 +228,9 @@ class _Job:
             return chosen, [found]
         return within_bound(bound, trials, lambda kl: attempt(problem.least_bytes(kl)))
 
-    def uniform(self, scheme: str) -> QuantizationConfig:
+    def uniform(self, scheme: Scheme) -> QuantizationConfig:
         """The configuration with one scheme for all layers that were chosen for."""
-        return self.config.model_copy(update={"scheme": preset(scheme)})
+        return self.config.model_copy(update={"scheme": scheme})
 
     def result(self, problem: Problem, chosen: list[int], measured: list[Measured]) -> SearchResult:
         """The configuration, its file, the curve."""
@@ -273,6 +274,31 @@ def _schemes(given: Sequence[str | Scheme]) -> list[Scheme | None]:
             found.append(item if isinstance(item, Scheme) else _named(item))
         except ValueError as error:
             raise ConfigError(f"candidates: {error}") from None
+    return found
+
+
+def _uniform(given: Sequence[str]) -> list[Scheme]:
+    """Schemes to compare with.
+
+    Raises:
+        ConfigError: a name is not a preset's, or it is float, with which all is compared.
+    """
+    found = [scheme for scheme in _schemes(given) if scheme is not None]
+    if len(found) < len(given):
+        raise ConfigError("against: everything is compared with float; leave that out")
+    return found
+
+
+def _ends(given: Sequence[str | Scheme]) -> list[Scheme | None]:
+    """Candidates for the embedding, whose rows are looked up, and the output head.
+
+    Raises:
+        ConfigError: one has quantized activations.
+    """
+    found = _schemes(given)
+    for scheme in found:
+        if scheme is not None and scheme.activations is not None:
+            raise ConfigError(f"ends: {scheme} has quantized activations; give one such as w8a16")
     return found
 
 
