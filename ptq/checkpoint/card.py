@@ -135,6 +135,8 @@ def _figures(report: Mapping[str, Any]) -> str:
     found = report.get("evaluation")
     if found is None:
         return "\nIts quality was not measured.\n" if report else ""
+    if "kind" in found:
+        return _other_figures(found)
     high = "unknown" if found["ratio_high"] is None else f"{found['ratio_high']:.4f}"
     protocol = found["protocol"]
     return f"""
@@ -149,6 +151,21 @@ Perplexity ratio {found["ratio"]:.4f} [{found["ratio_low"]:.4f}, {high}]; KL div
 {100 * found["top1_agreement"]:.1f}% of the places. {protocol["windows"]} windows of
 {protocol["context"]} tokens, {protocol["tokens_scored"]:,} scored; interval:
 {protocol["interval"]}. `report.json` has everything.
+"""
+
+
+def _other_figures(found: Mapping[str, Any]) -> str:
+    """Of a model that predicts no next token."""
+    numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in numbers.items())
+    return f"""
+## Measured
+
+Against the float model; `report.json` has everything.
+
+| | |
+|---|---|
+{rows}
 """
 
 
