@@ -289,3 +289,22 @@ def test_plots_have_words_for_those_who_do_not_see_them(sections: dict[str, Any]
     assert len(plots) > 10
     for plot in plots:
         assert plot.attributes["role"] == "img" and len(plot.attributes["aria-label"]) > 20
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"kind": "encoder", "cosine_mean": 0.9963, "cosine_p05": 0.99, "cosine_p01": 0.98,
+         "cosine_min": 0.97, "spearman": 0.9957, "texts": 177},
+        {"kind": "images", "top1_agreement": 0.91, "top5_agreement": 0.97, "kl_mean": 0.02,
+         "kl_max": 0.4, "images": 50},
+    ],
+)  # fmt: skip
+def test_models_that_predict_no_next_token(sections: dict[str, Any], found: dict[str, Any]) -> None:
+    others = {k: v for k, v in sections.items() if k not in ("evaluation", "tokens", "kv_cache")}
+    page = Page(render({**others, "evaluation": found}))
+    shown_at = {n.attributes["data-path"]: n.attributes["value"] for n in page.all("data")}
+    for key, value in found.items():
+        if key != "kind":
+            assert float(shown_at[f"evaluation.{key}"]) == value
+    assert "perplexity" not in page.all("dl")[0].text

@@ -3,9 +3,9 @@
 Every section may be missing: older reports do not have them all.
 """
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Part(BaseModel):
@@ -116,6 +116,23 @@ class EvaluationPart(Part):
     top1_agreement: float
     top5_agreement: float | None = None
     protocol: ProtocolPart
+
+
+class OtherEvaluation(Part):
+    """Of a model that predicts no next token: an encoder of text, a classifier of images."""
+
+    kind: Literal["encoder", "images"]
+    cosine_mean: float | None = None
+    cosine_p05: float | None = None
+    cosine_p01: float | None = None
+    cosine_min: float | None = None
+    spearman: float | None = None
+    texts: int | None = None
+    top1_agreement: float | None = None
+    top5_agreement: float | None = None
+    kl_mean: float | None = None
+    kl_max: float | None = None
+    images: int | None = None
 
 
 class Window(Part):
@@ -272,6 +289,8 @@ class PageData(Part):
     weights: Weights | None = None
     inputs: list[Inputs] = Field(default_factory=list)
     evaluation: EvaluationPart | None = None
+    other: OtherEvaluation | None = None
+    """What the section ``evaluation`` holds of a model that predicts no next token."""
     kv_cache: EvaluationPart | None = None
     tokens: Tokens | None = None
     speed: Speed | None = None
@@ -283,3 +302,11 @@ class PageData(Part):
     notes: list[str] = Field(default_factory=list)
     diagnosis: Diagnosis | None = None
     search: Search | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_kind(cls, sections: Any) -> Any:
+        found = sections.get("evaluation")
+        if isinstance(found, dict) and "kind" in found:
+            return {**sections, "evaluation": None, "other": found}
+        return sections
