@@ -21,7 +21,8 @@ def config_text(wishes: Wishes, facts: Facts, choice: Choice, checkpoint: str) -
     parts = [
         _head(wishes, facts),
         _model(wishes, choice),
-        _comment(*choice.why, _time(facts, choice)) + f"scheme: {choice.scheme}\n",
+        _comment(*choice.why, _time(facts, choice), _search(wishes, facts, choice))
+        + f"scheme: {choice.scheme}\n",
         _recipe(choice),
     ]
     if choice.embeddings is not None:
@@ -78,6 +79,13 @@ def _time(facts: Facts, choice: Choice) -> str:
         f"Quantizing took {m.seconds} s there, so about {shown} for this model. Less accurate, "
         "and quicker: `recipe: [gptq]`; at once: `recipe: rtn`."
     )
+
+
+def _search(wishes: Wishes, facts: Facts, choice: Choice) -> str:
+    """Where `ptq search` can read what it needs: calibration text, and the whole float model."""
+    if wishes.goal != "smallest" or not facts.predicts or not choice.measured.samples:
+        return ""
+    return "" if choice.stream else "Other sizes, with a scheme for each layer: ptq search --help"
 
 
 def _recipe(choice: Choice) -> str:
