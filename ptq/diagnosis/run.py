@@ -61,7 +61,8 @@ def diagnose(
         quantized: a model that ptq quantized or loaded; or what :func:`ptq.quantize` takes, for
             a copy of the model.
         layers: a glob over layer names, or ``re:`` and a regular expression: those to measure.
-        windows, context: of text: how many windows of how many tokens.
+        windows: of text, how many.
+        context: tokens of a window.
         top: the worst layers, for which remedies are tried.
         calibration: batches, for schemes and recipes that need them.
 
