@@ -156,6 +156,11 @@ def test_the_commands_of_the_readme_are_known(
         parse(words, capsys)
 
 
+def test_every_command_is_in_the_table_of_commands() -> None:
+    rows = re.findall(r"^\| `ptq (\w+)`", (ROOT / "docs" / "commands.md").read_text(), re.MULTILINE)
+    assert set(rows) == set(COMMANDS)
+
+
 def test_the_configs_of_the_readme_are_valid() -> None:
     found = blocks(ROOT / "README.md", "yaml")
     assert found

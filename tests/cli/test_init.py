@@ -119,7 +119,7 @@ def test_a_model_larger_than_memory_is_streamed() -> None:
     content = yaml.safe_load(text)
     assert content["model"] == {"id": "m", "stream": True}
     assert "evaluation" not in content and "generation" not in content
-    assert "distill" not in content["recipe"]
+    assert "distill" not in content["recipe"] and "ptq search" not in text
 
 
 TRICKY = ["plain/model-1.2", "a b", "yes", "12", "a: b", "#x", "ünïcode", 'q"u', "C:\\x", "0x1f"]
@@ -146,6 +146,8 @@ def test_every_choice_is_a_valid_config(tmp_path: Path) -> None:
         validator.validate(yaml.safe_load(text))
         (tmp_path / "c.yaml").write_text(text)
         load_config(tmp_path / "c.yaml")
+        told = goal == "smallest" and facts is DECODER and data is not None
+        assert ("ptq search" in text) == told
         assert all(len(line) <= 100 for line in text.splitlines())
 
 
@@ -179,8 +181,12 @@ def test_yes_writes_a_config_that_runs(
     assert "ptq quantize --config ptq.yaml" in shown and "1.0208" in shown
     text = (inside / "ptq.yaml").read_text()
     assert "# The fewest bits" in text and "scheme: w4a16-g32-asym" in text
+    assert "ptq search --help" in text
     quick = ["--set", "calibration.samples=4", "--set", "calibration.sequence_length=32"]
     assert main(["plan", "--config", "ptq.yaml"]) == 0
+    schemes = ["--schemes", "w4a16-g32-asym", "w8a16", "--no-verify"]
+    search = ["--budget", "6 bits", *schemes, "--output", "mixed.yaml"]
+    assert main(["search", "--config", "ptq.yaml", *quick, *search]) == 0
     assert main(["quantize", "--config", "ptq.yaml", *quick, "--quiet"]) == 0
     report = json.loads(next(inside.glob("out/*/report.json")).read_text())
     assert report["recipe"]["steps"] == ["gptaq", "learned_rounding", "distill"]
