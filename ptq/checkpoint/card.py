@@ -69,7 +69,17 @@ def _sha256(text: str) -> str:
 
 def _base(model: PreTrainedModel, config: QuantizationConfig | None) -> str | None:
     """The float model's name on the hub, or its directory or file."""
-    return config.model.id if config and config.model else model.config._name_or_path or None
+    if config and config.model:
+        return config.model.id
+    name: str = model.config._name_or_path
+    return name if name and not Path(name).exists() else None  # it may be a checkpoint of ptq
+
+
+def _shown(base: str | None, model: PreTrainedModel) -> str:
+    """What a card, which may be published, says of the source: no more of a path than its end."""
+    if base is None:
+        return type(model).__name__
+    return Path(base).name if Path(base).exists() else base
 
 
 def _metadata(model: PreTrainedModel, base: str | None) -> ModelCardData:
@@ -102,7 +112,7 @@ def _body(model: PreTrainedModel, base: str | None) -> str:
     size = sum(t.nbytes for module in layers.values() for t in module.state_dict().values())
     return f"""# {type(model).__name__}, quantized with ptq
 
-Made from `{base or type(model).__name__}` by post-training quantization; all other layers are
+Made from `{_shown(base, model)}` by post-training quantization; all other layers are
 float.
 
 ```python

@@ -105,4 +105,4 @@ class Int4Pack:
     def extra_bytes(self, spec: LinearSpec) -> int:
         group = op_group(spec)
         assert group is not None
-        return spec.n * spec.k // 2 + spec.n * spec.k // group * 4
+        return spec.n * spec.k // 2 + spec.n * spec.k // group * 4 + torch.int64.itemsize

@@ -14,6 +14,7 @@ from transformers.utils import hub
 import ptq
 from ptq.checkpoint import assert_same, card_text, convert, save, verify_files
 from ptq.checkpoint.card import is_own_card
+from ptq.config import as_config
 from tests.helpers import quantize_linears, tiny_bert, tiny_llama
 from tests.tiny import tiny_model_directory, tiny_text
 
@@ -108,3 +109,14 @@ def test_push_to_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tags = ModelCard(fake.files["README.md"].decode()).data.tags
     assert tags is not None and {"ptq", "w8a8"} <= set(tags)
     assert_same(model, ptq.load(tmp_path / "hub"))
+
+
+def test_a_card_does_not_publish_where_a_model_was(tmp_path: Path) -> None:
+    model = quantize_linears(tiny_llama(), "w8a16")
+    model.config._name_or_path = str(tmp_path)
+    assert str(tmp_path) not in card_text(model)
+    config = as_config({"scheme": "w8a16", "model": str(tmp_path)})
+    text = card_text(model, config)
+    assert f"`{tmp_path.name}`" in text and str(tmp_path) not in text
+    model.config._name_or_path = "org/name"
+    assert "`org/name`" in card_text(model)

@@ -385,7 +385,11 @@ def test_on_cuda(tmp_path: Path, tied: bool) -> None:
 
 def test_nothing_is_pickled(tmp_path: Path) -> None:
     save(quantize_linears(tiny_llama(), "w8a16"), tmp_path / "out")
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {
+        ".json",
+        ".safetensors",
+        ".md",
+    }
 
 
 def test_without_ptq_transformers_does_not_take_codes_for_weights(tmp_path: Path) -> None:
