@@ -27,8 +27,10 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
     yield
     assert torch.is_grad_enabled(), "a test or the code it ran left gradients switched off"
+    assert torch.get_num_threads() == threads, "a test or the code it ran changed the threads"
 
 
 @pytest.fixture(autouse=True)
