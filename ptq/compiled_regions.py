@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,23 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
-from ptq.likeness import differences, leaves
+from ptq.likeness import Leaf, differences, leaves
 from ptq.model import eval_mode
 
-
-@dataclass(frozen=True)
-class Region:
-    """A block of which there are more.
-
-    Args:
-        group: the same for blocks that do the same.
-        position: of the block, and of its layer of the cache.
-        count: layers that the cache has.
-    """
-
-    group: int
-    position: int
-    count: int
+Forward = Callable[..., Any]
+_REUSES = "reuse_hash_fn" in inspect.signature(torch.compiler.nested_compile_region).parameters
+"""torch traces a region once for several calls (from 2.13 on)."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +29,9 @@ class _Call:
 
 
 @torch.no_grad()
-def find_regions(model: Any, options: dict[str, Any]) -> dict[nn.Module, Region]:
-    """The blocks that do the same with weights of their own.
+def find_regions(model: Any, options: dict[str, Any]) -> dict[nn.Module, Forward]:
+    """The blocks that do the same with weights of their own, each with its forward pass as a
+    region.
 
     Two blocks do the same if all that they consist of is equal, but for the values of their tensors
     and their position in the model, and if the position makes no difference: with the position of
@@ -51,33 +41,37 @@ def find_regions(model: Any, options: dict[str, Any]) -> dict[nn.Module, Region]
         options: of a step of the model, with a cache that has begun. Nothing of it is changed.
 
     Returns:
-        Nothing if the cache is no ``StaticCache``, or torch does not reuse regions (before 2.13).
+        Nothing if the cache is no ``StaticCache``, or torch does not reuse regions.
     """
     cache = options.get("past_key_values")
-    reuses = "reuse_hash_fn" in inspect.signature(torch.compiler.nested_compile_region).parameters
-    if not reuses or type(cache) is not StaticCache:
+    if not _REUSES or type(cache) is not StaticCache:
         return {}
     calls = _record(model, options, cache)
-    firsts: list[tuple[nn.Module, int]] = []
-    found: dict[nn.Module, Region] = {}
+    count = len(cache.layers)
+    firsts: list[tuple[nn.Module, int, list[Leaf]]] = []
+    found: dict[nn.Module, Forward] = {}
     for block, position in _positions(model):
         if block not in calls or type(cache.layers[position]) is not StaticLayer:
             continue
-        for group, (first, of_first) in enumerate(firsts):
-            if _alike(first, of_first, block, position, calls[block], cache):
-                found[first] = Region(group, of_first, len(cache.layers))
-                found[block] = Region(group, position, len(cache.layers))
+        own = leaves(block)
+        for group, (first, of_first, theirs) in enumerate(firsts):
+            places = differences(theirs, own, (of_first, position))
+            if places is not None and _unused(
+                places, (of_first, position), block, calls[block], cache
+            ):
+                found.setdefault(first, _forward(first, group, of_first, count))
+                found[block] = _forward(block, group, position, count)
                 break
         else:
-            firsts.append((block, position))
+            firsts.append((block, position, own))
     return found
 
 
 @contextmanager
-def as_regions(regions: dict[nn.Module, Region]) -> Iterator[None]:
+def as_regions(regions: dict[nn.Module, Forward]) -> Iterator[None]:
     """While it lasts, the compiler sees the blocks as regions."""
-    for block, region in regions.items():
-        block.__dict__["forward"] = _forward(block, region)
+    for block, forward in regions.items():
+        block.__dict__["forward"] = forward
     try:
         yield
     finally:
@@ -85,11 +79,13 @@ def as_regions(regions: dict[nn.Module, Region]) -> Iterator[None]:
             del block.__dict__["forward"]
 
 
-def _forward(block: nn.Module, region: Region) -> Any:
+def _forward(block: nn.Module, group: int, position: int, count: int) -> Forward:
+    """Of a block: its group's number, its position, and how many layers the cache has."""
+
     def forward(hidden: Tensor, *, past_key_values: Any = None, **options: Any) -> Any:
-        layer = past_key_values.layers[region.position]
+        layer = past_key_values.layers[position]
         states = (layer.keys, layer.values, layer.cumulative_length)
-        return _region(region.group, region.count, block, hidden, *states, options)
+        return _region(group, count, block, hidden, *states, options)
 
     return forward
 
@@ -115,7 +111,7 @@ def _run(
 
 _region = (
     torch.compiler.nested_compile_region(_run, reuse_hash_fn=lambda group, *_: group)
-    if "reuse_hash_fn" in inspect.signature(torch.compiler.nested_compile_region).parameters
+    if _REUSES
     else _run
 )
 
@@ -145,13 +141,16 @@ def _positions(model: nn.Module) -> list[tuple[nn.Module, int]]:
     return [(block, index) for each in lists for index, block in enumerate(each)]
 
 
-def _alike(
-    first: nn.Module, of_first: int, block: nn.Module, position: int, call: _Call, cache: Any
+def _unused(
+    places: list[tuple[Any, str]],
+    positions: tuple[int, int],
+    block: nn.Module,
+    call: _Call,
+    cache: Any,
 ) -> bool:
-    """Whether a block is the first one with other tensors and another position, which is unused."""
-    places = differences(leaves(first), leaves(block), (of_first, position))
-    if places is None:
-        return False
+    """Whether a block returns the same, bit for bit, with the first one's position in these places
+    instead of its own."""
+    of_first, position = positions
     layer = copy.deepcopy(cache.layers[position])
     states = (layer.keys, layer.values, layer.cumulative_length)
     for owner, name in places:

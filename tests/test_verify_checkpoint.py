@@ -1,6 +1,5 @@
 """verify_checkpoint.py: every byte of every file, and what is damaged is named."""
 
-import random
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import verify_checkpoint
 
 import ptq
 from ptq.checkpoint import convert, not_covered, verify_bytes, verify_files
+from tests.checkpoint.damages import damages
 from tests.helpers import quantize_linears, tiny_llama
 from tests.tiny import tiny_tokenizer
 
@@ -44,22 +44,9 @@ def test_a_whole_one(pristine: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("seed", range(4))
 def test_flips_and_cuts_of_random_bytes(copy: Path, seed: int) -> None:
     """Each file in turn; any other value at any place, any shorter length."""
-    chance = random.Random(seed)
-    files = [path for path in sorted(copy.rglob("*")) if path.is_file()]
-    assert len(files) > 6
-    for number in range((FLIPS + CUTS) // 4):
-        path = files[number % len(files)]
-        original = path.read_bytes()
-        damaged = bytearray(original)
-        place = chance.randrange(len(damaged))
-        if number % 4:
-            damaged[place] ^= chance.randrange(1, 256)
-        else:
-            del damaged[place:]
-        path.write_bytes(damaged)
-        problems = verify_bytes(copy)
-        assert problems, f"{path.name}: {place} of {len(original)}"
-        path.write_bytes(original)
+    assert sum(path.is_file() for path in copy.rglob("*")) > 6
+    for what, _ in damages(copy, seed, (FLIPS + CUTS) // 4):
+        assert verify_bytes(copy), what
     assert verify_bytes(copy) == []
 
 

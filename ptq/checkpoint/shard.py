@@ -96,10 +96,11 @@ def write_shard(
     return hashes
 
 
-def file_bytes(tensors: Mapping[str, Tensor], *, hashed: bool = False) -> int:
-    """Size of the file that :func:`write_shard` makes of these tensors, which need no values."""
+def file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Size of the file that :func:`write_shard` makes of these tensors, which need no values,
+    with hashes."""
     order = _order(tensors)
-    hashes = dict.fromkeys(order, "0" * 64) if hashed else None
+    hashes = dict.fromkeys(order, "0" * 64)
     return len(_header(tensors, order, hashes)) + sum(t.nbytes for t in tensors.values())
 
 

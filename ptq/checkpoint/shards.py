@@ -56,7 +56,7 @@ def shard_bytes(tensors: Mapping[str, Tensor], limit: int) -> list[int]:
     """Sizes of the files, with hashes in their headers, that :func:`write_shards` makes of these
     tensors, which need no values."""
     shards = _divide({key: tensor.nbytes for key, tensor in tensors.items()}, limit)
-    return [file_bytes({key: tensors[key] for key in keys}, hashed=True) for keys in shards]
+    return [file_bytes({key: tensors[key] for key in keys}) for keys in shards]
 
 
 def _divide(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

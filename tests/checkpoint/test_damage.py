@@ -1,9 +1,8 @@
 """No damaged byte is loaded in silence: what loads is the model that was saved, bit for bit."""
 
-import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import ptq
 from ptq.checkpoint import assert_same, verify_bytes
 from ptq.checkpoint.outputs import model_outputs
 from ptq.errors import CheckpointError, PTQError
+from tests.checkpoint.damages import damages
 from tests.helpers import quantize_linears, tiny_llama
 from tests.tiny import tiny_tokenizer
 
@@ -33,24 +33,6 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Sample:
     model = quantize_linears(tiny_llama(dtype=torch.bfloat16), "w4a16-g32-asym")
     ptq.save(model, root, tokenizer=tiny_tokenizer(), shard_bytes=20_000)
     return root, ptq.load(root)
-
-
-def damages(root: Path, seed: int, tries: int) -> Iterator[tuple[str, Path]]:
-    """Each file in turn, three flips for one cut; it is whole again afterwards."""
-    chance = random.Random(seed)
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    for number in range(tries):
-        path = files[number % len(files)]
-        original = path.read_bytes()
-        damaged = bytearray(original)
-        place = chance.randrange(len(damaged))
-        if number % 4:
-            damaged[place] ^= chance.randrange(1, 256)
-        else:
-            del damaged[place:]
-        path.write_bytes(damaged)
-        yield f"{path.name}: {'flip' if number % 4 else 'cut'} at {place}", path
-        path.write_bytes(original)
 
 
 def came_of(read: Callable[[Path], Any], root: Path, whole: nn.Module, refusals: Any) -> str:
