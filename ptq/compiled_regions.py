@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,23 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
-from ptq.likeness import Leaf, differences, leaves
+from ptq.likeness import differences, leaves
 from ptq.model import eval_mode
 
-Forward = Callable[..., Any]
-_REUSES = "reuse_hash_fn" in inspect.signature(torch.compiler.nested_compile_region).parameters
-"""torch traces a region once for several calls (from 2.13 on)."""
+
+@dataclass(frozen=True)
+class Region:
+    """A block of which there are more.
+
+    Args:
+        group: the same for blocks that do the same.
+        position: of the block, and of its layer of the cache.
+        count: layers that the cache has.
+    """
+
+    group: int
+    position: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -29,9 +40,8 @@ class _Call:
 
 
 @torch.no_grad()
-def find_regions(model: Any, options: dict[str, Any]) -> dict[nn.Module, Forward]:
-    """The blocks that do the same with weights of their own, each with its forward pass as a
-    region.
+def find_regions(model: Any, options: dict[str, Any]) -> dict[nn.Module, Region]:
+    """The blocks that do the same with weights of their own.
 
     Two blocks do the same if all that they consist of is equal, but for the values of their tensors
     and their position in the model, and if the position makes no difference: with the position of
@@ -41,37 +51,33 @@ def find_regions(model: Any, options: dict[str, Any]) -> dict[nn.Module, Forward
         options: of a step of the model, with a cache that has begun. Nothing of it is changed.
 
     Returns:
-        Nothing if the cache is no ``StaticCache``, or torch does not reuse regions.
+        Nothing if the cache is no ``StaticCache``, or torch does not reuse regions (before 2.13).
     """
     cache = options.get("past_key_values")
-    if not _REUSES or type(cache) is not StaticCache:
+    reuses = "reuse_hash_fn" in inspect.signature(torch.compiler.nested_compile_region).parameters
+    if not reuses or type(cache) is not StaticCache:
         return {}
     calls = _record(model, options, cache)
-    count = len(cache.layers)
-    firsts: list[tuple[nn.Module, int, list[Leaf]]] = []
-    found: dict[nn.Module, Forward] = {}
+    firsts: list[tuple[nn.Module, int]] = []
+    found: dict[nn.Module, Region] = {}
     for block, position in _positions(model):
         if block not in calls or type(cache.layers[position]) is not StaticLayer:
             continue
-        own = leaves(block)
-        for group, (first, of_first, theirs) in enumerate(firsts):
-            places = differences(theirs, own, (of_first, position))
-            if places is not None and _unused(
-                places, (of_first, position), block, calls[block], cache
-            ):
-                found.setdefault(first, _forward(first, group, of_first, count))
-                found[block] = _forward(block, group, position, count)
+        for group, (first, of_first) in enumerate(firsts):
+            if _alike(first, of_first, block, position, calls[block], cache):
+                found[first] = Region(group, of_first, len(cache.layers))
+                found[block] = Region(group, position, len(cache.layers))
                 break
         else:
-            firsts.append((block, position, own))
+            firsts.append((block, position))
     return found
 
 
 @contextmanager
-def as_regions(regions: dict[nn.Module, Forward]) -> Iterator[None]:
+def as_regions(regions: dict[nn.Module, Region]) -> Iterator[None]:
     """While it lasts, the compiler sees the blocks as regions."""
-    for block, forward in regions.items():
-        block.__dict__["forward"] = forward
+    for block, region in regions.items():
+        block.__dict__["forward"] = _forward(block, region)
     try:
         yield
     finally:
@@ -79,13 +85,11 @@ def as_regions(regions: dict[nn.Module, Forward]) -> Iterator[None]:
             del block.__dict__["forward"]
 
 
-def _forward(block: nn.Module, group: int, position: int, count: int) -> Forward:
-    """Of a block: its group's number, its position, and how many layers the cache has."""
-
+def _forward(block: nn.Module, region: Region) -> Any:
     def forward(hidden: Tensor, *, past_key_values: Any = None, **options: Any) -> Any:
-        layer = past_key_values.layers[position]
+        layer = past_key_values.layers[region.position]
         states = (layer.keys, layer.values, layer.cumulative_length)
-        return _region(group, count, block, hidden, *states, options)
+        return _region(region.group, region.count, block, hidden, *states, options)
 
     return forward
 
@@ -111,7 +115,7 @@ def _run(
 
 _region = (
     torch.compiler.nested_compile_region(_run, reuse_hash_fn=lambda group, *_: group)
-    if _REUSES
+    if "reuse_hash_fn" in inspect.signature(torch.compiler.nested_compile_region).parameters
     else _run
 )
 
@@ -141,16 +145,13 @@ def _positions(model: nn.Module) -> list[tuple[nn.Module, int]]:
     return [(block, index) for each in lists for index, block in enumerate(each)]
 
 
-def _unused(
-    places: list[tuple[Any, str]],
-    positions: tuple[int, int],
-    block: nn.Module,
-    call: _Call,
-    cache: Any,
+def _alike(
+    first: nn.Module, of_first: int, block: nn.Module, position: int, call: _Call, cache: Any
 ) -> bool:
-    """Whether a block returns the same, bit for bit, with the first one's position in these places
-    instead of its own."""
-    of_first, position = positions
+    """Whether a block is the first one with other tensors and another position, which is unused."""
+    places = differences(leaves(first), leaves(block), (of_first, position))
+    if places is None:
+        return False
     layer = copy.deepcopy(cache.layers[position])
     states = (layer.keys, layer.values, layer.cumulative_length)
     for owner, name in places:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.common_subexpressions import CommonSubexpressions
-from ptq.compiled_regions import Forward, as_regions, find_regions
+from ptq.compiled_regions import Region, as_regions, find_regions
 from ptq.kernels import row_ranges, select
 from ptq.model import eval_mode
 from ptq.modules import QuantLinear, join, readers_of_one_tensor
@@ -29,7 +29,7 @@ class CompiledStep:
         self.model = model
         self.rows = rows
         self._compiled: Any = None
-        self._regions: dict[nn.Module, Forward] = {}
+        self._regions: dict[nn.Module, Region] = {}
         self._layers: list[QuantLinear] = []
         self._releases = 0  # of the layers, when the forms that the graph reads were made
 
