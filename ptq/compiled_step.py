@@ -1,7 +1,8 @@
 """One decoding step of a language model as one compiled graph."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ class CompiledStep:
                 "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
                 "post_grad_custom_pre_pass": CommonSubexpressions(),
             }
-            self._compiled = torch.compile(self.model.__call__, options=settings)
+            # Static: a step has one length, that of the cache. Once another compiled model has made
+            # torch see a mask's length as dynamic, a region is not reused (KeyError in torch 2.13).
+            self._compiled = torch.compile(_own(self.model), dynamic=False, options=settings)
             self._regions = find_regions(self.model, options)
         if not _attends_by_sdpa_on_cpu(self.model):
             with as_regions(self._regions):
@@ -79,6 +82,16 @@ def join_readers(model: Any, rows: int) -> None:
         groups = readers_of_one_tensor(model, lambda: model(input_ids=ids, use_cache=False))
     for layers in groups:
         join(layers, rows, dtype)
+
+
+def _own(model: Any) -> Callable[..., Any]:
+    """The model's call with a code object of its own: torch compiles one at most 8 times, whatever
+    model it is called with, and then runs it uncompiled."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        return model(*arguments, **options)
+
+    return FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

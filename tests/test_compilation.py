@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig
 
 import ptq
+from ptq.compiled_step import _own
 from ptq.errors import ConfigError, UnsupportedError
 from tests.helpers import tiny_bert, tiny_llama, tiny_tokens
 
@@ -68,6 +69,32 @@ def test_generation_is_compiled_once_and_gives_the_same_logits(tmp_path: Path) -
     ptq.save(model, tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert "cache_implementation" not in saved
+
+
+@torch.no_grad()
+def test_lengths_that_another_model_made_dynamic() -> None:
+    """What torch has learned of the same code from other models is not used."""
+    torch._dynamo.reset()
+    other = torch.compile(_own(tiny_llama()), backend="eager")
+    for length in (3, 4):
+        other(input_ids=tiny_tokens(1, length), attention_mask=torch.ones(1, 1, length, length))
+    model = tiny_llama()
+    ptq.compile(model, max_length=8)
+    prompt = tiny_tokens(1, 4)
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 4, "do_sample": False}
+    found = model.generate(prompt, **options, pad_token_id=0)
+    assert torch.equal(found, tiny_llama().generate(prompt, **options, pad_token_id=0))
+
+
+def test_every_model_is_compiled_however_many_were_before() -> None:
+    """torch's limit of compilations for the same code is one for each model."""
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters["stats"]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for length in (8, 12, 16):
+            before = counted["unique_graphs"]
+            ptq.compile(tiny_llama(), max_length=length)
+            assert counted["unique_graphs"] > before
 
 
 def test_a_copy_decodes_its_own_weights() -> None:
