@@ -13,10 +13,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from ptq.algorithms import ALGORITHMS, NoOptions
-from ptq.config import PRESETS, QuantizationConfig
+from ptq.config import QuantizationConfig
 from ptq.formats import FLOAT8
 from ptq.observers import OBSERVERS
-from ptq.presets import WEIGHT_ONLY_PATTERN
+from ptq.presets import PRESETS, WEIGHT_ONLY_PATTERN
 from ptq.refine import FINISHES, REFINEMENTS
 from ptq.transforms import TRANSFORMS
 

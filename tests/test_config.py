@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from ptq.config import PRESETS, QuantizationConfig, Scheme, as_config, load_config, preset
+from ptq.config import QuantizationConfig, Scheme, as_config, load_config, preset
 from ptq.errors import ConfigError
+from ptq.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "w5a16", "w8a8-tensor", "w4a8-g32-asym-static"])

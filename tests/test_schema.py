@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from ptq.config import PRESETS, ActivationScheme, QuantizationConfig, load_config, preset
+from ptq.config import ActivationScheme, QuantizationConfig, load_config, preset
 from ptq.errors import ConfigError
 from ptq.observers import OBSERVERS, make_observer
+from ptq.presets import PRESETS
 from ptq.recipe import make_recipe
 from ptq.schema import OBSERVED, STEPS, config_schema
 

@@ -1,0 +1,93 @@
+"""How the keys and values of a model that generates are kept."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from ptq.config.mistakes import validate
+from ptq.config.section import Section
+from ptq.errors import ConfigError
+
+
+class KVCacheConfig(Section):
+    """How keys and values [batch, heads, tokens, head_dim] are kept while a model generates.
+
+    Keys have channels of large magnitude, values do not: keys are quantized per channel, values per
+    token (Liu et al. 2024, KIVI, section 3). The defaults depend on ``bits``: int8 is symmetric and
+    without a window; int4 has zero points and a window of 64.
+    """
+
+    bits: Literal[4, 8] = Field(8, description="of a code")
+    keys: Literal["token", "channel"] = Field(
+        "channel",
+        description="token: channels of a token share a scale; channel: tokens of a channel do",
+    )
+    values: Literal["token", "channel"] = Field("token", description="likewise")
+    key_group_size: Annotated[int, Field(ge=8)] | None = Field(
+        None,
+        description="per token: channels that share a scale (default: all of a head); per channel: "
+        "tokens (default: 64)",
+    )
+    value_group_size: Annotated[int, Field(ge=8)] | None = Field(None, description="likewise")
+    symmetric: bool = Field(True, description="zero point fixed at zero")
+    window: Annotated[int, Field(ge=0)] = Field(0, description="newest tokens that stay float")
+    scale_dtype: Literal["float8_e5m2", "float16", "bfloat16", "float32"] = Field(
+        "float8_e5m2", description="dtype of the kept scales, which are rounded up"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        few = {"symmetric": False, "window": 64} if data.get("bits") == 4 else {}
+        data = {"keys": "channel", **few, **data}
+        for name in ("key", "value"):
+            if data.get(f"{name}s") == "channel" and data.get(f"{name}_group_size") is None:
+                data[f"{name}_group_size"] = 64
+        return data
+
+    def __str__(self) -> str:
+        kinds = [
+            f"{name}s per {axis}" + ("" if size is None else f" in groups of {size}")
+            for name, axis, size in (
+                ("key", self.keys, self.key_group_size),
+                ("value", self.values, self.value_group_size),
+            )
+        ]
+        zero = "symmetric" if self.symmetric else "with zero points"
+        return f"int{self.bits} {zero}, {', '.join(kinds)}, newest {self.window} tokens float"
+
+
+def _cache_from_name(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value not in ("int8", "int4"):
+        raise ValueError(
+            f"unknown kind of cache {value!r}: give int8, int4, or a mapping such as "
+            "{bits: 4, window: 128}"
+        )
+    return {"bits": int(value[3:])}
+
+
+KVCacheField = Annotated[
+    KVCacheConfig,
+    BeforeValidator(
+        _cache_from_name, json_schema_input_type=KVCacheConfig | Literal["int8", "int4"]
+    ),
+]
+
+
+def cache_config(value: "str | dict[str, Any] | KVCacheConfig") -> KVCacheConfig:
+    """The settings of a quantized cache, from ``"int8"``, ``"int4"`` or a mapping.
+
+    Raises:
+        ConfigError: with one line per mistake.
+    """
+    if isinstance(value, KVCacheConfig):
+        return value
+    try:
+        raw = _cache_from_name(value)
+    except ValueError as error:
+        raise ConfigError(f"kv_cache: {error}") from None
+    return validate(KVCacheConfig, raw, "kv_cache", None)
