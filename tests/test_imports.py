@@ -20,7 +20,6 @@ RANKS = {
     "recipe": 8, "sensitivity": 8,
     "blockwise": 9,
     "checkpoint": 10, "evaluation": 10, "compilation": 10,
-    "compiled_step": 9, "common_subexpressions": 8, "compiled_regions": 8, "likeness": 7,
     "report": 11, "resume": 11, "huggingface": 11,
     "tuning_cache": 12, "preflight": 12,
     "quantization": 12, "schema": 12,

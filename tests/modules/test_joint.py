@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ptq
-from ptq.common_subexpressions import CommonSubexpressions
+from ptq.compilation.common_subexpressions import CommonSubexpressions
 from ptq.modules import QuantLinear, join, readers_of_one_tensor
 from tests.helpers import tiny_llama, tiny_tokens
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq.common_subexpressions import CommonSubexpressions
-from ptq.compiled_regions import Region, as_regions, find_regions
+from ptq.compilation.common_subexpressions import CommonSubexpressions
+from ptq.compilation.regions import Region, as_regions, find_regions
 from ptq.kernels import row_ranges, select
 from ptq.model import eval_mode
 from ptq.modules import QuantLinear, join, readers_of_one_tensor

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ptq.compiled_step import CompiledStep, additive
+from ptq.compilation.step import CompiledStep, additive
 from tests.helpers import tiny_llama, tiny_tokens
 
 

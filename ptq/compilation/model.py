@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
-from ptq.compiled_step import CompiledStep, bind
+from ptq.compilation.step import CompiledStep, bind
 from ptq.errors import ConfigError, UnsupportedError
 from ptq.kv_cache import cache_settings
 from ptq.model import eval_mode, max_positions

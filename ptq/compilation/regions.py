@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
-from ptq.likeness import differences, leaves
+from ptq.compilation.likeness import differences, leaves
 from ptq.model import eval_mode
 
 

@@ -8,8 +8,8 @@ from torch import nn
 from transformers.cache_utils import StaticCache
 
 import ptq
-from ptq.compiled_regions import as_regions, find_regions
-from ptq.likeness import differences, leaves
+from ptq.compilation.likeness import differences, leaves
+from ptq.compilation.regions import as_regions, find_regions
 from tests.helpers import tiny_llama, tiny_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*")

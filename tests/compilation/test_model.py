@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig
 
 import ptq
-from ptq.compiled_step import _own
+from ptq.compilation.step import _own
 from ptq.errors import ConfigError, UnsupportedError
 from tests.helpers import tiny_bert, tiny_llama, tiny_tokens
 
@@ -165,7 +165,7 @@ def test_tuning_comes_before_compiling() -> None:
 
 def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
-    monkeypatch.setattr("ptq.compilation._stop", None)
+    monkeypatch.setattr("ptq.compilation.model._stop", None)
     with pytest.raises(TypeError):
         ptq.compile(model, max_length=24)
     assert "generate" not in model.__dict__
