@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptq.compilation.common_subexpressions import CommonSubexpressions
 from ptq.compilation.regions import Region, as_regions, find_regions
+from ptq.compilation.snapshot import Snapshot
 from ptq.kernels import row_ranges, select
 from ptq.model import eval_mode
 from ptq.modules import QuantLinear, join, readers_of_one_tensor
@@ -18,9 +19,10 @@ from ptq.modules import QuantLinear, join, readers_of_one_tensor
 class CompiledStep:
     """The model's forward pass, compiled when it is first called.
 
-    Guards on the attributes of the model's modules are left out: to check them takes 3 ms for 30
-    blocks, a seventh of a token. So a module that is exchanged after compiling is not noticed;
-    weights that are changed in place, moved or loaded are.
+    torch's guards on the model's modules are left out, and so are the checks of sizes in the
+    compiled code: a :class:`Snapshot` notices what they would. A module that is exchanged, or a
+    weight that is moved, converted or resized, compiles the model again; values may change in
+    place. A setting of a module (an attribute that is no tensor and no module) is not noticed.
 
     Args:
         rows: sequences that are decoded together, for which the kernels' forms are made before.
@@ -33,21 +35,11 @@ class CompiledStep:
         self._regions: dict[nn.Module, Region] = {}
         self._layers: list[QuantLinear] = []
         self._releases = 0  # of the layers, when the forms that the graph reads were made
+        self._snapshot: Snapshot | None = None
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        if self._compiled is None or self._releases != sum(n.releases for n in self._layers):
-            join_readers(self.model, self.rows)
-            bind(self.model, self.rows)
-            self._layers = [m for m in self.model.modules() if isinstance(m, QuantLinear)]
-            self._releases = sum(n.releases for n in self._layers)
-            settings: dict[str, Any] = {
-                "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
-                "post_grad_custom_pre_pass": CommonSubexpressions(),
-            }
-            # Static: a step has one length, that of the cache. Once another compiled model has made
-            # torch see a mask's length as dynamic, a region is not reused (KeyError in torch 2.13).
-            self._compiled = torch.compile(_own(self.model), dynamic=False, options=settings)
-            self._regions = find_regions(self.model, options)
+        if self._stale():
+            self._compile(options)
         if not _attends_by_sdpa_on_cpu(self.model):
             with as_regions(self._regions):
                 return self._compiled(*arguments, **options)
@@ -55,9 +47,34 @@ class CompiledStep:
         with _plain_attention(self.model.config), as_regions(self._regions):
             return self._compiled(*arguments, **{**options, "attention_mask": mask})
 
+    def _stale(self) -> bool:
+        """It is not compiled, or for weights, or forms of them, that the model has no more."""
+        return (
+            self._compiled is None
+            or self._releases != sum(layer.releases for layer in self._layers)
+            or self._snapshot is None
+            or not self._snapshot.holds()
+        )
+
+    def _compile(self, options: dict[str, Any]) -> None:
+        join_readers(self.model, self.rows)
+        bind(self.model, self.rows)
+        self._layers = [m for m in self.model.modules() if isinstance(m, QuantLinear)]
+        self._releases = sum(layer.releases for layer in self._layers)
+        self._snapshot = Snapshot(self.model)
+        settings: dict[str, Any] = {
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+            "post_grad_custom_pre_pass": CommonSubexpressions(),
+            "size_asserts": False,
+        }
+        # Static: a step has one length, that of the cache. Once another compiled model has made
+        # torch see a mask's length as dynamic, a region is not reused (KeyError in torch 2.13).
+        self._compiled = torch.compile(_own(self.model), dynamic=False, options=settings)
+        self._regions = find_regions(self.model, options)
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies: the compiled code holds the original's weights."""
-        return {**self.__dict__, "_compiled": None, "_regions": {}}
+        return {**self.__dict__, "_compiled": None, "_regions": {}, "_snapshot": None}
 
 
 @torch.no_grad()

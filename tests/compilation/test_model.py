@@ -130,6 +130,33 @@ def test_weights_that_are_loaded_after_compiling_are_used() -> None:
     assert torch.equal(model.generate(prompt, **options), expected)
 
 
+@pytest.mark.parametrize("how", ["module", "norm", "parameter", "data", "dtype"])
+@torch.no_grad()
+def test_what_is_exchanged_after_compiling_is_used(how: str) -> None:
+    """torch's own guards on modules are left out."""
+    torch._dynamo.reset()
+    model = tiny_llama()
+    ptq.quantize(model, "w8a16")
+    ptq.compile(model, max_length=24)
+    last, norm = model.model.layers[-1].mlp, model.model.norm
+    if how == "module":
+        last.down_proj = nn.Linear(last.down_proj.in_features, last.down_proj.out_features)
+    elif how == "norm":
+        model.model.norm = nn.Identity()
+    elif how == "parameter":
+        norm.weight = nn.Parameter(torch.linspace(1, 9, norm.weight.numel()))
+    elif how == "data":
+        model.lm_head.weight.data = model.lm_head.weight.data.flip(0).clone()
+    else:
+        model.bfloat16()
+    eager = copy.deepcopy(model)
+    del eager.generate
+    prompt = tiny_tokens(1, 4)
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False,
+               "pad_token_id": 0}  # fmt: skip
+    assert torch.equal(model.generate(prompt, **options), eager.generate(prompt, **options))
+
+
 def test_a_generation_config_and_another_cache() -> None:
     torch._dynamo.reset()
     model = tiny_llama()

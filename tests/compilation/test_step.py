@@ -20,7 +20,7 @@ def test_a_mask_of_booleans_becomes_one_to_add() -> None:
     assert additive(flat, torch.float32) is flat
 
 
-def test_the_kind_of_attention_is_restored() -> None:
+def test_the_kind_of_attention_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
     model.set_attn_implementation("sdpa")
     seen = []
@@ -30,7 +30,8 @@ def test_the_kind_of_attention_is_restored() -> None:
         raise ValueError("stop")
 
     compiled = CompiledStep(model, 1)
-    compiled._compiled = step
+    monkeypatch.setattr(compiled, "_compiled", step)
+    monkeypatch.setattr(compiled, "_stale", lambda: False)
     with pytest.raises(ValueError, match="stop"):
         compiled(input_ids=tiny_tokens(1, 1))
     assert seen == ["eager"]
@@ -38,9 +39,12 @@ def test_the_kind_of_attention_is_restored() -> None:
 
 
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
-def test_composite_and_plain_models_keep_their_attention(kind: str) -> None:
+def test_composite_and_plain_models_keep_their_attention(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parts = {"text_config": object} if kind == "sdpa" else {}
     config = SimpleNamespace(sub_configs=parts, _attn_implementation=kind)
     compiled = CompiledStep(SimpleNamespace(device=torch.device("cpu"), config=config), 1)
-    compiled._compiled = lambda **_: config._attn_implementation
+    monkeypatch.setattr(compiled, "_compiled", lambda **_: config._attn_implementation)
+    monkeypatch.setattr(compiled, "_stale", lambda: False)
     assert compiled(input_ids=None) == kind
