@@ -274,7 +274,7 @@ def test_the_scheme_that_a_budget_names_is_tried(loaded, monkeypatch) -> None:
 
 
 def test_a_smaller_uniform_scheme_within_the_bound_wins(loaded, monkeypatch) -> None:
-    """Where its divergence is not hopeless; it has fewer bytes than the mixed one, and does as well."""
+    """Where its divergence is not hopeless; it is smaller than the mixed one, and does as well."""
     even = "uniform w4a16-g16-asym"
     for worth, expected in ((1e9, True), (0.0, False)):
         monkeypatch.setattr("ptq.mixed_precision.run._WORTH", worth)
