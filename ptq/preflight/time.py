@@ -37,7 +37,7 @@ class _Work:
     def terms(self) -> Terms:
         evaluation, generation = self.facts.config.evaluation, self.facts.config.generation
         windows = 0 if evaluation is None else evaluation.windows * evaluation.context
-        prompts = () if generation is None else generation.all_prompts
+        prompts = () if generation is None else generation.prompt
         new = 0 if generation is None else generation.max_new_tokens * len(prompts)
         return {
             "libraries, tokenizer": _LIBRARIES + _PARSES[0] * self.facts.source.parse_seconds,

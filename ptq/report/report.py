@@ -87,7 +87,7 @@ def _summary(s: dict[str, Any]) -> list[str]:
         )
     lines += [f"note       {note}" for note in s.get("notes", [])]
     if "generation" in s:
-        for g in s["generation"].get("samples", [s["generation"]]):
+        for g in s["generation"]["samples"]:
             lines += [
                 f"prompt     {_short(g['prompt'])}",
                 f"float      {_short(g['float'])}",
