@@ -17,6 +17,8 @@ SIZES = ("w3a16-g64-asym", "w4a16-g64-asym", "w4a16-g32-asym", "w6a16-g64-asym",
 """Default candidates where activations stay float."""
 INTEGERS = ("w4a8-g64-asym", "w8a8", "w8a16")
 """Default candidates where the configuration's scheme quantizes activations."""
+ENDS = ("float", "w8a16")
+"""Default candidates for the embedding and the output head."""
 FITS_ALL = preset("w8a16")  # one scale a row
 
 

@@ -31,7 +31,7 @@ from ptq.mixed_precision.asked import (
 )
 from ptq.mixed_precision.budget import Budget, parse_budgets
 from ptq.mixed_precision.candidates import Candidate, candidates, uniform
-from ptq.mixed_precision.choices import Space, default_schemes, make_space
+from ptq.mixed_precision.choices import ENDS, Space, default_schemes, make_space
 from ptq.mixed_precision.configure import configure, reasons
 from ptq.mixed_precision.problem import Problem, bytes_table
 from ptq.mixed_precision.proof import Prover, float_dtype, within_bound
@@ -58,7 +58,7 @@ def search(
     evaluation: TokenSet | None = None,
     tokenizer: Any = None,
     schemes: Sequence[str | Scheme] = (),
-    ends: Sequence[str | Scheme] = (),
+    ends: Sequence[str | Scheme] | None = None,
     fuse: bool = True,
     rows: int = 1,
     draws: int = 2,
@@ -91,8 +91,9 @@ def search(
         evaluation: windows to measure on (default: the configuration's evaluation section).
         schemes: candidates; presets, schemes, or ``"float"`` (default: by the configuration's
             scheme).
-        ends: candidates for the embedding and the output head (default: as the configuration
-            has them).
+        ends: candidates for the embedding and the output head; none of them: as the configuration
+            has them. By default they may be ``float`` or ``w8a16`` where budgets are of the whole
+            checkpoint (bytes, perplexity) and the configuration says nothing of embeddings.
         fuse: layers that engines make one matrix of get one scheme.
         draws: backward passes for each sequence of ``data``.
         trials: configurations measured, at most, besides uniform ones.
@@ -113,7 +114,8 @@ def search(
     wanted = read_schemes(schemes) or _by_default(config, budgets)
     recipe = _recipe(config, wanted)
     others = read_uniform(against)
-    space = make_space(model, config, wanted, read_ends(ends), fuse=fuse, dtype=float_dtype(config))
+    at_ends = read_ends(_ends_by_default(config, budgets) if ends is None else ends)
+    space = make_space(model, config, wanted, at_ends, fuse=fuse, dtype=float_dtype(config))
     sizes = [size_limit(b, space, model, config) for b in budgets if b.kind in ("bytes", "bits")]
     allocate(bytes_table(space), sizes)  # an impossible budget is found before long work
     bound = next((b.value for b in budgets if b.kind == "perplexity"), None)
@@ -148,6 +150,13 @@ def _by_default(config: QuantizationConfig, budgets: Sequence[Budget]) -> list[S
     budget of size names."""
     named = [b.like for b in budgets if b.kind == "bytes" and b.like is not None]
     return list(dict.fromkeys([*read_schemes(default_schemes(config.scheme)), *named]))
+
+
+def _ends_by_default(config: QuantizationConfig, budgets: Sequence[Budget]) -> Sequence[str]:
+    """Candidates for the ends where none are given. An average of bits and a time are of the layers
+    that are quantized in any case."""
+    whole = all(budget.kind in ("bytes", "perplexity") for budget in budgets)
+    return ENDS if whole and config.embeddings is None else ()
 
 
 def _recipe(config: QuantizationConfig, wanted: Sequence[Scheme | None]) -> Recipe:
