@@ -214,7 +214,9 @@ class _Job:
             offered = [option.scheme for option in choice.options if option.scheme is not None]
             asked |= {name: offered for name in choice.layers}
         ranges = self._ranges(asked)
-        origin = origin_of(self.model, self.seen, str(self._observer) if ranges else "")
+        codes = f"{self.recipe} {self.recipe.options}" if self.recipe.plain else "clipped"
+        how = f"{codes} {self._observer if ranges else ''}"
+        origin = origin_of(self.model, self.seen, how)
         if self.kept is not None and self.kept.exists():
             found = load_prediction(self.kept)
             pairs = [(name, scheme) for name, schemes in asked.items() for scheme in schemes]

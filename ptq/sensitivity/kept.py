@@ -96,7 +96,7 @@ def refuse_other(
     """
     if prediction.origin != origin:
         raise CalibrationError(
-            f"{path} is of another model or text; delete it, and it is made anew"
+            f"{path} is of another model or text, or of other codes; delete it, and it is made anew"
         )
     for layer, scheme in wanted:
         if (layer, scheme) not in prediction.products:

@@ -223,7 +223,7 @@ def searched(loaded, monkeypatch, budget, ratio, **options):
     model, tokenizer, config = loaded
     stand = Stand(ratio)
     monkeypatch.setattr("ptq.mixed_precision.proof.Prover.measure", lambda *a: stand(*a))
-    given = {"schemes": SCHEMES, "draws": 1, **options}
+    given = {"schemes": SCHEMES, "draws": 1, "ends": (), **options}
     found = ptq.search(model, budget, config=config, tokenizer=tokenizer, **given)
     return found, stand.asked
 
@@ -299,8 +299,42 @@ def test_static_activations_take_part(loaded, tmp_path) -> None:
     other = QuantizationConfig.model_validate(
         {**config.model_dump(), "calibration": other.model_dump()}
     )
-    with pytest.raises(CalibrationError, match="is of another model or text"):
+    with pytest.raises(CalibrationError, match="other codes"):
         ptq.search(model, "7 bits", config=other, tokenizer=tokenizer, verify=False, **given)
+
+
+@pytest.mark.parametrize(
+    ("budget", "ends", "expected"),
+    [
+        ("as small as w4a16-g16-asym", {}, "w8a16"),
+        ("as small as w4a16-g16-asym", {"ends": ["float"]}, "None"),
+        ("6 bits", {}, "None"),
+        (["1 MB", "9 bits"], {}, "None"),
+    ],
+)
+def test_the_embedding_takes_part_by_default(loaded, budget, ends, expected: str) -> None:
+    """Where the budget is of the whole checkpoint."""
+    model, tokenizer, config = loaded
+    given = {"config": config, "tokenizer": tokenizer, "verify": False, "draws": 1}
+    found = ptq.search(model, budget, schemes=SCHEMES, **given, **ends)
+    assert str(found.config.embeddings) == expected
+    if expected != "None":
+        given["config"] = config.model_copy(update={"embeddings": preset("w8a16")})
+        kept = ptq.search(model, "0.03 MB", schemes=SCHEMES, **given, **ends)
+        assert kept.config.embeddings == preset("w8a16")
+        assert all("embed" not in layer.layer for layer in kept.layers)
+
+
+def test_kept_predictions_are_of_the_codes(loaded, tmp_path) -> None:
+    """Those of round to nearest are not taken for those with searched ranges."""
+    model, tokenizer, config = loaded
+    given = {"tokenizer": tokenizer, "schemes": SCHEMES, "draws": 1, "verify": False,
+             "sensitivity": tmp_path / "kept"}  # fmt: skip
+    ptq.search(model, "6 bits", config=config, **given)
+    clipped = Plugin(name="rtn", options={"clip": True})
+    other = config.model_copy(update={"recipe": [clipped]})
+    with pytest.raises(CalibrationError, match="other codes"):
+        ptq.search(model, "6 bits", config=other, **given)
 
 
 @pytest.mark.parametrize("slope", [0.2, 1.0, 6.0])
