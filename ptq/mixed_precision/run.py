@@ -212,7 +212,7 @@ class _Job:
         asked: dict[str, list[Scheme]] = {name: [s] for name, s in self.space.fixed.items()}
         for choice in self.space.choices:
             offered = [option.scheme for option in choice.options if option.scheme is not None]
-            asked |= {name: offered for name in choice.layers}
+            asked |= {name: offered for name in choice.layers if offered}
         ranges = self._ranges(asked)
         codes = f"{self.recipe} {self.recipe.options}" if self.recipe.plain else "clipped"
         how = f"{codes} {self._observer if ranges else ''}"

@@ -111,6 +111,7 @@ def predicted_divergence(
     """
     require_causal(model)
     asked = {name: tuple(schemes) for name, schemes in candidates.items()}
+    asked = {name: schemes for name, schemes in asked.items() if schemes}
     given = batches(data, 1) if isinstance(data, TokenSet) else batches_of(data)
     generator = torch.Generator().manual_seed(seed)
     with unfolded(model, asked), eval_mode(model), _without_gradients(model):
