@@ -373,7 +373,7 @@ def test_a_directory_that_is_not_ours_is_never_touched(
         ({"evaluation": {"data": "EVALUATION", "context": 300}}, "the model has 256 positions"),
         ({"generation": {"prompt": "w1", "max_new_tokens": 300}}, "1 tokens of prompt and 300"),
         ({"generation": {"prompt": "w1", "chat": True}}, "no chat template"),
-        ({"generation": {"prompt": ""}}, "generation.prompt: must not be blank"),
+        ({"generation": {"prompt": ""}}, "generation.prompt.0: must not be blank"),
         ({"output": "/"}, "directory that ptq did not write"),
     ],
     ids=str,
