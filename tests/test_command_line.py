@@ -78,7 +78,7 @@ def test_the_whole_job(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFix
     report = json.loads((out / "report.json").read_text())
     assert report["evaluation"]["protocol"]["tokens_scored"] == 3 * 63
     assert report["data"]["evaluation"]["sequences"] == 3
-    assert report["generation"]["prompt"] == "w3 w4 w5"
+    assert report["generation"]["samples"][0]["prompt"] == "w3 w4 w5"
     assert report["resources"]["peak_memory_bytes"] > 0
     assert report["kernels"]["layers"]
     predicted = report["plan"]["bytes_after"]
@@ -226,12 +226,12 @@ def test_mistakes_in_a_gate_before_any_weights(
 
 
 def test_several_prompts_side_by_side(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    generation = {"prompt": "w3 w4", "prompts": ["w5", "w6 w7"], "max_new_tokens": 3}
+    generation = {"prompt": ["w3 w4", "w5", "w6 w7"], "max_new_tokens": 3}
     assert main("--config", str(recipe(generation=generation)), "--json") == 0
     found = json.loads(capsys.readouterr().out)["generation"]
     assert [row["prompt"] for row in found["samples"]] == ["w3 w4", "w5", "w6 w7"]
     assert all({"float", "quantized"} <= row.keys() for row in found["samples"])
-    assert found["quantized"] == found["samples"][0]["quantized"]
+    assert found.keys() == {"samples", "float_tokens_per_second", "quantized_tokens_per_second"}
     assert found["float_tokens_per_second"] > 0
 
 
@@ -373,7 +373,7 @@ def test_a_directory_that_is_not_ours_is_never_touched(
         ({"evaluation": {"data": "EVALUATION", "context": 300}}, "the model has 256 positions"),
         ({"generation": {"prompt": "w1", "max_new_tokens": 300}}, "1 tokens of prompt and 300"),
         ({"generation": {"prompt": "w1", "chat": True}}, "no chat template"),
-        ({"generation": {"prompt": ""}}, "generation.prompt: must not be blank"),
+        ({"generation": {"prompt": ""}}, "generation.prompt.0: must not be blank"),
         ({"output": "/"}, "directory that ptq did not write"),
     ],
     ids=str,

@@ -82,7 +82,7 @@ def test_shorthands(tmp_path: Path) -> None:
         ("scheme: W8A8", 1, "did you mean 'w8a8'?"),
         ("scheme: w8a8\nmodel: ''", 2, "model.id: must not be empty"),
         ("scheme: w8a8\noutput: ''", 2, "output.dir: must not be empty"),
-        ("scheme: w8a8\ngeneration: {prompt: ' '}", 2, "generation.prompt: must not be blank"),
+        ("scheme: w8a8\ngeneration: {prompt: ' '}", 2, "generation.prompt.0: must not be blank"),
         ("scheme: w8a8\ncalibration: {data: x, seed: 99999999999999999999}", 2, "seed"),
         ("scheme: w8a8\ncalibration: {data: x, seed: -1}", 2, "greater than or equal to 0"),
         ("scheme: w8a8\nscheme: w8a16", 2, "key 'scheme' is given twice"),

@@ -196,7 +196,9 @@ CONFIG = keys(
         observer=plugin(sorted(OBSERVERS)),
     )),
     evaluation=st.one_of(DATA, keys(data=DATA, windows=[1, 0], context=[2, 1])),
-    generation=keys(prompt=["Hello", " "], max_new_tokens=[1, 0], chat=FLAG),
+    generation=keys(
+        prompt=["a", " ", ["a", "b"], ["a", " "], []], max_new_tokens=[1, 0], chat=FLAG
+    ),
     kv_cache=st.one_of(st.sampled_from(["int8", "int4", "int3"]), keys(
         bits=[4, 8, 5], keys=["token", "channel"], key_group_size=[None, 8, 7], window=[0, 64],
     )),

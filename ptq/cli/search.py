@@ -33,8 +33,9 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--schemes", nargs="+", default=[], help="candidates (default: by the recipe's scheme)"
     )
     parser.add_argument(
-        "--ends", nargs="+", default=[], metavar="SCHEME",
-        help="candidates for the embedding and the output head, as in --ends float w8a16",
+        "--ends", nargs="+", metavar="SCHEME",
+        help="candidates for the embedding and the output head (default: float and w8a16 where "
+        "budgets are of the whole checkpoint; --ends float keeps them)",
     )  # fmt: skip
     parser.add_argument(
         "--against", nargs="+", default=[], metavar="SCHEME", help="uniform schemes to measure too"
@@ -50,8 +51,11 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--draws", type=positive, default=2, help="backward passes for each sequence (default: 2)"
     )
     parser.add_argument(
-        "--trials", type=positive, default=5, help="measured for a bound on perplexity (default: 5)"
-    )
+        "--trials",
+        type=positive,
+        default=5,
+        help="configurations measured, at most, besides uniform ones (default: 5)",
+    )  # fmt: skip
     parser.add_argument(
         "--sensitivity", type=output_file, metavar="FILE",
         help="keeps the predictions for the next budget: read if it is there, else written",

@@ -18,6 +18,14 @@ Texts = Annotated[
     ),
 ]
 
+NotBlank = Annotated[str, Field(pattern=r"\S")]
+Prompts = Annotated[
+    list[NotBlank],
+    BeforeValidator(
+        lambda v: [v] if isinstance(v, str) else v,
+        json_schema_input_type=Annotated[list[NotBlank], Field(min_length=1)] | NotBlank,
+    ),
+]
 TextsField = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 """Several texts; one alone needs no list."""
 

@@ -5,7 +5,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from ptq.config.section import DTypeNameOrAuto, Plugin, Section, Texts, TextsField, plugin_from_name
+from ptq.config.section import (
+    DTypeNameOrAuto,
+    Plugin,
+    Prompts,
+    Section,
+    Texts,
+    TextsField,
+    plugin_from_name,
+)
 
 
 class ModelConfig(Section):
@@ -98,20 +106,16 @@ def text_from_source(value: Any) -> Any:
 class GenerationConfig(Section):
     """Samples of text before and after, decoded greedily."""
 
-    prompt: Annotated[str, Field(pattern=r"\S")] = Field(
-        "The capital of France is", description="what both models go on from"
-    )
-    prompts: list[Annotated[str, Field(pattern=r"\S")]] = Field(
-        default_factory=list, description="further prompts"
+    prompt: Prompts = Field(
+        ["The capital of France is"],
+        min_length=1,
+        description="what both models go on from; several texts one after the other",
+        examples=["The three states of matter are", ["Once upon a time", "def main():"]],
     )
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(
         32, description="tokens after each, at most"
     )
     chat: bool = Field(False, description="wrap prompts in the tokenizer's chat template")
-
-    @property
-    def all_prompts(self) -> tuple[str, ...]:
-        return (self.prompt, *self.prompts)
 
 
 class OutputConfig(Section):

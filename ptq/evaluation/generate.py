@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq.config import GenerationConfig
 from ptq.errors import CalibrationError, ModelError, UnsupportedError
 
 
@@ -25,8 +24,11 @@ class Sample:
     seconds: float
 
 
-def encode_prompt(config: GenerationConfig, tokenizer: Any) -> Tensor:
+def encode_prompt(prompt: str, tokenizer: Any, *, chat: bool = False) -> Tensor:
     """Token ids [1, T] of the prompt.
+
+    Args:
+        chat: wrap it in the tokenizer's chat template.
 
     Raises:
         ModelError: no tokenizer, or ``chat`` without a chat template.
@@ -34,16 +36,16 @@ def encode_prompt(config: GenerationConfig, tokenizer: Any) -> Tensor:
     """
     if tokenizer is None:
         raise ModelError("generation needs a tokenizer, and the model comes without one")
-    prompt = config.prompt
-    if config.chat:
+    text = prompt
+    if chat:
         if getattr(tokenizer, "chat_template", None) is None:
             raise ModelError("the tokenizer has no chat template; set generation.chat: false")
         messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # The template writes the special tokens itself.
-    found = tokenizer(prompt, return_tensors="pt", add_special_tokens=not config.chat)
+    found = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
     if found["input_ids"].numel() == 0:
-        raise CalibrationError(f"generation.prompt {config.prompt!r} has no tokens; give another")
+        raise CalibrationError(f"generation.prompt {prompt!r} has no tokens; give another")
     ids: Tensor = found["input_ids"].long()
     return ids
 

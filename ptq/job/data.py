@@ -68,9 +68,8 @@ def _note_overlap(job: Job, calibration: TokenSet, evaluation: TokenSet) -> None
 
 def _read_prompts(job: Job, section: GenerationConfig) -> None:
     limit = max_positions(job.model_config)
-    for text in section.all_prompts:
-        one = section.model_copy(update={"prompt": text})
-        prompt = encode_prompt(one, job.tokenizer)
+    for text in section.prompt:
+        prompt = encode_prompt(text, job.tokenizer, chat=section.chat)
         check_tokens(job.model_config, list(prompt), "generation.prompt")
         if limit is not None and prompt.shape[1] + section.max_new_tokens > limit:
             raise ConfigError(

@@ -9,7 +9,7 @@ from ptq.job.state import Job
 from ptq.preflight import compared
 from ptq.report import Report
 from ptq.report.page import report_page
-from ptq.report.report import peak_memory_bytes
+from ptq.report.report import cpu_seconds, peak_memory_bytes
 
 
 def _judge(job: Job) -> None:
@@ -33,7 +33,7 @@ def finish(job: Job) -> Report:
         job.report.sections["generation"] = job.samples
     job.report.sections["resources"] = {
         "seconds": time.perf_counter() - job.start,
-        "cpu_seconds": time.process_time() - job.cpu_start,
+        "cpu_seconds": cpu_seconds() - job.cpu_start,
         "peak_memory_bytes": peak_memory_bytes(),
     }
     job.report.sections["preflight"] = compared(

@@ -87,7 +87,7 @@ def _measure_cache(job: Job, model: nn.Module, data: TokenSet, reference: Refere
 
 
 def _sample(job: Job, model: nn.Module, key: str) -> None:
-    """Continue every prompt; ``samples`` has the first one's text at its top as well."""
+    """Continue every prompt."""
     section = job.config.generation
     if section is None:
         return
@@ -99,5 +99,4 @@ def _sample(job: Job, model: nn.Module, key: str) -> None:
         row[key] = made.text
         tokens, seconds = tokens + made.new_tokens, seconds + made.seconds
         job.console.say(f"{text} ...{made.text}")
-    job.samples |= rows[0]
     job.samples[f"{key}_tokens_per_second"] = tokens / seconds

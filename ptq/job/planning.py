@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -77,6 +78,7 @@ def _predict(job: Job, empty: PreTrainedModel, parse_seconds: float) -> None:
         elapsed=elapsed,
         rates=rates,
         measuring=clock() - began,
+        threads=torch.get_num_threads(),
     )
     prediction = job.forecast(facts)
     job.report.sections["preflight"] = prediction.to_dict()

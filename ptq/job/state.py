@@ -20,6 +20,7 @@ from ptq.preflight import Facts, Prediction, clock
 from ptq.quantization import needs_data
 from ptq.recipe import Recipe
 from ptq.report import Console, Report, WeightRecorder, environment
+from ptq.report.report import cpu_seconds
 from ptq.resume import Work, work_root
 
 
@@ -31,7 +32,7 @@ class Job:
     console: Console
     report: Report = field(init=False)
     start: float = field(default_factory=time.perf_counter, init=False)
-    cpu_start: float = field(default_factory=time.process_time, init=False)
+    cpu_start: float = field(default_factory=cpu_seconds, init=False)
     clock_start: float = field(default_factory=clock, init=False)
     source: ModelSource = field(init=False)
     model_config: PretrainedConfig = field(init=False)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ptq.checkpoint.vllm import fused_layers
-from ptq.config import QuantizationConfig, Scheme
+from ptq.config import QuantizationConfig, Scheme, preset
 from ptq.errors import ConfigError
 from ptq.model import LayerInfo, read_layers
 from ptq.planning import LayerPlan, Plan, plan, quantized_bytes
@@ -17,6 +17,9 @@ SIZES = ("w3a16-g64-asym", "w4a16-g64-asym", "w4a16-g32-asym", "w6a16-g64-asym",
 """Default candidates where activations stay float."""
 INTEGERS = ("w4a8-g64-asym", "w8a8", "w8a16")
 """Default candidates where the configuration's scheme quantizes activations."""
+ENDS = ("float", "w8a16")
+"""Default candidates for the embedding and the output head."""
+FITS_ALL = preset("w8a16")  # one scale a row
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,18 @@ class Choice:
         layers: in the model's order.
         weights: number of them.
         is_embedding: the first is the token embedding (the second an output head tied to it).
+        is_head: it is the output head.
     """
 
     layers: tuple[str, ...]
     weights: int
     options: tuple[Option, ...]
     is_embedding: bool = False
+    is_head: bool = False
+
+    @property
+    def is_end(self) -> bool:
+        return self.is_embedding or self.is_head
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ def make_space(
 
     Layers that a rule of the configuration names keep what it says; so do embeddings and output
     heads unless ``ends`` has candidates for them. A candidate whose groups do not divide a layer
-    is no option for it.
+    is no option for it. The configuration's own scheme is not looked at.
 
     Args:
         schemes: candidates; None is float.
@@ -99,7 +108,7 @@ def make_space(
     Raises:
         ConfigError: nothing is left to choose.
     """
-    made = plan(model, config, dtype=dtype)
+    made = plan(model, config.model_copy(update={"scheme": FITS_ALL}), dtype=dtype)
     infos = {info.name: info for info in read_layers(model)}
     free = [layer for layer in made.layers if _is_free(layer, infos[layer.name], ends)]
     names = {layer.name for layer in free}
@@ -116,7 +125,7 @@ def make_space(
                 f"{', '.join('float' if s is None else str(s) for s in wanted)} fits it; add float"
             )
         weights = sum(math.prod(layer.shape) for layer in _owners(members))
-        choices.append(Choice(group, weights, options, first.is_embedding))
+        choices.append(Choice(group, weights, options, first.is_embedding, first.is_head))
     if not choices:
         raise ConfigError(
             "there is nothing to choose: the configuration's rules name every layer; remove some"

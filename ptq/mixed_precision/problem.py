@@ -1,10 +1,13 @@
 """The allocation as numbers: what each option costs, and the best choice under the limits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ptq.mixed_precision.choices import Choice, Option, Space
 from ptq.mixed_precision.result import Point
-from ptq.mixed_precision.solve import Limit, Table, allocate
+from ptq.mixed_precision.solve import Limit, Table, allocate, solve
+
+Allowed = Callable[[Choice, Option], bool]
 
 _CURVE = 13  # points
 NATS = (1.0, "nats of predicted KL")
@@ -35,6 +38,16 @@ class Problem:
     def least_kl(self) -> list[int]:
         """The options with the least divergence within the limits."""
         return allocate(self.kl, self.limits)
+
+    def least_kl_of(self, allowed: Allowed) -> list[int] | None:
+        """As :meth:`least_kl`, of the options that are allowed; None where the limits rule them
+        out, or a choice has none of them."""
+        forbidden = [
+            [float(not allowed(choice, option)) for option in choice.options]
+            for choice in self.space.choices
+        ]
+        none = Limit("options", forbidden, 0.5, (1.0, "options"))
+        return solve(self.kl, [*self.limits, none])
 
     def least_bytes(self, kl: float) -> list[int]:
         """The options with the fewest bytes whose divergence is at most ``kl``; those of least

@@ -1,30 +1,39 @@
 """ptq.search: the best scheme for each layer under a budget."""
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ptq.calibrate import TokenSet, calibration_tokens, evaluation_windows, overlap
+from ptq.calibrate import LayerStatistics, TokenSet, batches, collect
 from ptq.config import (
+    ActivationScheme,
     CalibrationConfig,
+    Plugin,
     QuantizationConfig,
     Scheme,
     WeightScheme,
     as_config,
-    make_section,
-    preset,
 )
 from ptq.core import QuantizedWeight
-from ptq.errors import CalibrationError, ConfigError
 from ptq.evaluation import ReferenceLogits
+from ptq.mixed_precision.asked import (
+    read_ends,
+    read_schemes,
+    read_text,
+    read_uniform,
+    read_windows,
+    size_limit,
+)
 from ptq.mixed_precision.budget import Budget, parse_budgets
-from ptq.mixed_precision.choices import Space, default_schemes, make_space
+from ptq.mixed_precision.candidates import Candidate, candidates, uniform
+from ptq.mixed_precision.choices import ENDS, Space, default_schemes, make_space
 from ptq.mixed_precision.configure import configure, reasons
-from ptq.mixed_precision.problem import MEGABYTES, Problem, bytes_table
+from ptq.mixed_precision.problem import Problem, bytes_table
 from ptq.mixed_precision.proof import Prover, float_dtype, within_bound
 from ptq.mixed_precision.result import LayerChoice, Measured, SearchResult
 from ptq.mixed_precision.solve import Limit, Table, allocate
@@ -37,6 +46,8 @@ from ptq.report import Console
 from ptq.sensitivity.fisher import Prediction, clipped, predicted_divergence
 from ptq.sensitivity.kept import load_prediction, origin_of, refuse_other, save_prediction
 
+_WORTH = 2.0  # a uniform scheme is tried whose divergence is below so many times the best one's
+
 
 def search(
     model: nn.Module,
@@ -47,7 +58,7 @@ def search(
     evaluation: TokenSet | None = None,
     tokenizer: Any = None,
     schemes: Sequence[str | Scheme] = (),
-    ends: Sequence[str | Scheme] = (),
+    ends: Sequence[str | Scheme] | None = None,
     fuse: bool = True,
     rows: int = 1,
     draws: int = 2,
@@ -64,6 +75,11 @@ def search(
     ``"1% perplexity"`` it is the smallest one within the bound, which is measured: configurations
     are carried out, with the recipe, until one is within a tenth of it.
 
+    With other budgets, some are carried out and the one whose perplexity is nearest to the float
+    model's is taken: the best by prediction, uniform schemes within the budget, and what
+    :mod:`ptq.mixed_precision.candidates` says. So no uniform scheme that was tried is better than
+    what is found.
+
     Args:
         model: a causal language model, float; left as it was. A copy is made to verify.
         budget: such as ``"90 MB"`` (tensors of the whole checkpoint), ``"as small as
@@ -75,11 +91,12 @@ def search(
         evaluation: windows to measure on (default: the configuration's evaluation section).
         schemes: candidates; presets, schemes, or ``"float"`` (default: by the configuration's
             scheme).
-        ends: candidates for the embedding and the output head (default: as the configuration
-            has them).
+        ends: candidates for the embedding and the output head; none of them: as the configuration
+            has them. By default they may be ``float`` or ``w8a16`` where budgets are of the whole
+            checkpoint (bytes, perplexity) and the configuration says nothing of embeddings.
         fuse: layers that engines make one matrix of get one scheme.
         draws: backward passes for each sequence of ``data``.
-        trials: configurations measured for a bound on perplexity, at most.
+        trials: configurations measured, at most, besides uniform ones.
         verify: measure what was found, which needs evaluation text.
         against: schemes to measure as well, uniform, with the same recipe.
         sensitivity: file that keeps the predictions, which serve any budget: read if it is there,
@@ -94,19 +111,22 @@ def search(
     config = as_config(config)
     console = console or Console("quiet")
     budgets = parse_budgets(budget)
-    make_recipe(config.recipe, config.scheme)
-    wanted = _schemes(schemes or default_schemes(config.scheme))
-    others = _uniform(against)
-    space = make_space(model, config, wanted, _ends(ends), fuse=fuse, dtype=float_dtype(config))
-    sizes = [_size(b, space, model, config) for b in budgets if b.kind in ("bytes", "bits")]
+    wanted = read_schemes(schemes) or _by_default(config, budgets)
+    recipe = _recipe(config, wanted)
+    others = read_uniform(against)
+    at_ends = read_ends(_ends_by_default(config, budgets) if ends is None else ends)
+    space = make_space(model, config, wanted, at_ends, fuse=fuse, dtype=float_dtype(config))
+    sizes = [size_limit(b, space, model, config) for b in budgets if b.kind in ("bytes", "bits")]
     allocate(bytes_table(space), sizes)  # an impossible budget is found before long work
     bound = next((b.value for b in budgets if b.kind == "perplexity"), None)
-    seen = _text(config, data, tokenizer)
+    for other in others:
+        plan(model, config.model_copy(update={"scheme": other}))  # whether it fits
+    seen = read_text(config, data, tokenizer)
     windows = None
     if verify or against or bound is not None:
-        windows = _windows(config, evaluation, tokenizer, seen)
+        windows = read_windows(config, evaluation, tokenizer, seen)
     kept = None if sensitivity is None else Path(sensitivity)
-    job = _Job(model, config, space, seen, kept, tuple(str(b) for b in budgets), console)
+    job = _Job(model, config, recipe, space, seen, kept, budgets, console)
     problem = job.problem(budgets, sizes, rows, draws)
     if windows is None:
         return job.result(problem, problem.least_kl(), [])
@@ -114,9 +134,41 @@ def search(
         console.stage("evaluate float")
         reference.record(model, windows.sequences, console.bar("window"))
         prover = Prover(model, tokenizer, windows, reference, console)
-        chosen, measured = job.proved(problem, prover, bound, trials)
-        measured += [prover.measure(str(other), job.uniform(other)) for other in others]
+        if bound is None:
+            chosen, measured = job.nearest(problem, prover, trials)
+        else:
+            chosen, measured = job.within(problem, prover, bound, trials)
+        known = {m.name for m in measured}
+        for other in others:
+            if f"uniform {other}" not in known:
+                measured.append(prover.measure(f"uniform {other}", job.uniform(other)))
     return job.result(problem, chosen, measured)
+
+
+def _by_default(config: QuantizationConfig, budgets: Sequence[Budget]) -> list[Scheme | None]:
+    """Candidates where none are given: those that go with the configuration's scheme, and what a
+    budget of size names."""
+    named = [b.like for b in budgets if b.kind == "bytes" and b.like is not None]
+    return list(dict.fromkeys([*read_schemes(default_schemes(config.scheme)), *named]))
+
+
+def _ends_by_default(config: QuantizationConfig, budgets: Sequence[Budget]) -> Sequence[str]:
+    """Candidates for the ends where none are given. An average of bits and a time are of the layers
+    that are quantized in any case."""
+    whole = all(budget.kind in ("bytes", "perplexity") for budget in budgets)
+    return ENDS if whole and config.embeddings is None else ()
+
+
+def _recipe(config: QuantizationConfig, wanted: Sequence[Scheme | None]) -> Recipe:
+    """The recipe, which has to take every candidate; ``auto`` goes by the configuration's scheme.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if [step.name for step in config.recipe] == ["auto"]:
+        return make_recipe(config.recipe, config.scheme)
+    made = [make_recipe(config.recipe, scheme) for scheme in wanted if scheme is not None]
+    return made[0] if made else make_recipe(config.recipe, config.scheme)
 
 
 @dataclass(frozen=True)
@@ -125,10 +177,11 @@ class _Job:
 
     model: nn.Module
     config: QuantizationConfig
+    recipe: Recipe
     space: Space
     seen: TokenSet
     kept: Path | None
-    budgets: tuple[str, ...]
+    budgets: tuple[Budget, ...]
     console: Console
 
     def problem(
@@ -152,38 +205,52 @@ class _Job:
             ]
             for choice in self.space.choices
         ]
-        fixed = sum(prediction.kl({name: scheme}) for name, scheme in self._fixed.items())
+        fixed = sum(prediction.kl({name: s}) for name, s in self.space.fixed.items())
         return Problem(self.space, kl, fixed, times, tuple(limits))
 
-    @property
-    def _fixed(self) -> dict[str, Scheme]:
-        """Layers whose scheme is given and can be predicted: not with static activations."""
-        return {
-            name: scheme
-            for name, scheme in self.space.fixed.items()
-            if scheme.activations is None or scheme.activations.mode == "dynamic"
-        }
-
     def _predict(self, draws: int) -> Prediction:
-        asked: dict[str, list[Scheme]] = {name: [s] for name, s in self._fixed.items()}
+        asked: dict[str, list[Scheme]] = {name: [s] for name, s in self.space.fixed.items()}
         for choice in self.space.choices:
             offered = [option.scheme for option in choice.options if option.scheme is not None]
-            asked |= {name: offered for name in choice.layers}
-        origin = origin_of(self.model, self.seen)
+            asked |= {name: offered for name in choice.layers if offered}
+        ranges = self._ranges(asked)
+        codes = f"{self.recipe} {self.recipe.options}" if self.recipe.plain else "clipped"
+        how = f"{codes} {self._observer if ranges else ''}"
+        origin = origin_of(self.model, self.seen, how)
         if self.kept is not None and self.kept.exists():
             found = load_prediction(self.kept)
             pairs = [(name, scheme) for name, schemes in asked.items() for scheme in schemes]
             refuse_other(found, origin, pairs, self.kept)
             return found
-        recipe = make_recipe(self.config.recipe, self.config.scheme)
         found = predicted_divergence(
-            self.model, self.seen, asked, quantize=_stand_in(recipe), draws=draws,
-            progress=self.console.bar("sequence"),
+            self.model, self.seen, asked, quantize=_stand_in(self.recipe), draws=draws,
+            statistics=self._statistics(ranges), progress=self.console.bar("sequence"),
         )  # fmt: skip
         found = replace(found, origin=origin)
         if self.kept is not None:
             save_prediction(found, self.kept)
         return found
+
+    def _ranges(self, asked: Mapping[str, Sequence[Scheme]]) -> dict[str, ActivationScheme]:
+        """Layers with a candidate whose activations are static, and how those are quantized."""
+        return {
+            name: scheme.activations
+            for name, schemes in asked.items()
+            for scheme in schemes
+            if scheme.activations is not None and scheme.activations.mode == "static"
+        }
+
+    @property
+    def _observer(self) -> Plugin:
+        section = self.config.calibration or CalibrationConfig(data=["-"])
+        return section.observer
+
+    def _statistics(self, ranges: Mapping[str, ActivationScheme]) -> dict[str, LayerStatistics]:
+        """What the inputs of these layers range over."""
+        if not ranges:
+            return {}
+        bar = self.console.bar("batch")
+        return collect(self.model, ranges, batches(self.seen, 1), self._observer, progress=bar)
 
     def _time(self, budget: Budget, rows: int) -> tuple[Table, Limit]:
         """Milliseconds of each option, and the limit."""
@@ -212,21 +279,40 @@ class _Job:
             bound = sum(found[shape, like] for shape in timed.values())
         return table, Limit(budget.text, table, bound, (1.0, "ms"))
 
-    def proved(
-        self, problem: Problem, prover: Prover, bound: float | None, trials: int
+    def _measure(self, problem: Problem, prover: Prover, candidate: Candidate) -> Measured:
+        made, _ = configure(self.model, self.config, problem.options(candidate.chosen))
+        return prover.measure(candidate.name, made, problem.point(candidate.chosen).kl)
+
+    def nearest(
+        self, problem: Problem, prover: Prover, trials: int
     ) -> tuple[list[int], list[Measured]]:
-        """The allocation, and what was measured on the way to it."""
+        """The candidate whose perplexity is nearest to the float model's, and all, it first."""
+        like = [budget.like for budget in self.budgets if budget.like is not None]
+        found = candidates(problem, like, trials)
+        measured = [self._measure(problem, prover, candidate) for candidate in found]
+        best = min(range(len(found)), key=lambda i: abs(math.log(measured[i].ratio)))
+        return found[best].chosen, [measured.pop(best), *measured]
 
-        def attempt(chosen: list[int]) -> tuple[list[int], Measured]:
-            point = problem.point(chosen)
-            name = f"searched, {point.bytes / 1e6:.1f} MB"
-            made, _ = configure(self.model, self.config, problem.options(chosen))
-            return chosen, prover.measure(name, made, point.kl)
+    def within(
+        self, problem: Problem, prover: Prover, bound: float, trials: int
+    ) -> tuple[list[int], list[Measured]]:
+        """The smallest that keeps a bound on perplexity, and all that was measured, it first."""
 
-        if bound is None:
-            chosen, found = attempt(problem.least_kl())
-            return chosen, [found]
-        return within_bound(bound, trials, lambda kl: attempt(problem.least_bytes(kl)))
+        def attempt(kl: float) -> tuple[list[int], Measured]:
+            chosen = problem.least_bytes(kl)
+            name = f"searched, {problem.point(chosen).bytes / 1e6:.1f} MB"
+            return chosen, self._measure(problem, prover, Candidate(name, chosen))
+
+        chosen, measured = within_bound(bound, trials, attempt)
+        best = problem.point(chosen)
+        for other in uniform(problem):
+            point = problem.point(other.chosen)
+            if point.bytes < best.bytes and point.kl < _WORTH * best.kl:
+                measured.append(self._measure(problem, prover, other))
+                if math.log(measured[-1].ratio) <= math.log1p(bound / 100):
+                    chosen, best = other.chosen, point
+        measured.sort(key=lambda m: m.bytes != best.bytes)
+        return chosen, measured
 
     def uniform(self, scheme: Scheme) -> QuantizationConfig:
         """The configuration with one scheme for all layers that were chosen for."""
@@ -242,12 +328,13 @@ class _Job:
             for option, value in zip(choice.options, row, strict=True)
         }
         point = problem.point(chosen)
-        header = [f"searched by ptq for: {', '.join(self.budgets)}"]
+        budgets = tuple(str(budget) for budget in self.budgets)
+        header = [f"searched by ptq for: {', '.join(budgets)}"]
         header.append(
             f"{point.bytes / 1e6:.1f} MB of tensors, {point.bits:.2f} bits a weight on average of "
             f"the layers chosen for; predicted KL {point.kl:.2g}"
         )
-        header += [f"measured: {m}" for m in measured if m.bytes == point.bytes]
+        header += [f"{'others' if i else 'measured'}: {m}" for i, m in enumerate(measured)]
         layers = [
             LayerChoice(name, option.name, option.bytes if first else 0,
                         kl[choice.layers[0], option.name] if first else 0.0)
@@ -258,69 +345,8 @@ class _Job:
         why = reasons(written, options, kl, made.scheme)
         text = to_yaml(made, header, written, why)
         return SearchResult(
-            self.budgets, made, text, point, problem.curve(), tuple(layers), tuple(measured), time
+            budgets, made, text, point, problem.curve(), tuple(layers), tuple(measured), time
         )
-
-
-def _schemes(given: Sequence[str | Scheme]) -> list[Scheme | None]:
-    """Candidates, of which ``float`` is None.
-
-    Raises:
-        ConfigError: a name is not a preset's.
-    """
-    found: list[Scheme | None] = []
-    for item in given:
-        try:
-            found.append(item if isinstance(item, Scheme) else _named(item))
-        except ValueError as error:
-            raise ConfigError(f"candidates: {error}") from None
-    return found
-
-
-def _uniform(given: Sequence[str]) -> list[Scheme]:
-    """Schemes to compare with.
-
-    Raises:
-        ConfigError: a name is not a preset's, or it is float, with which all is compared.
-    """
-    found = [scheme for scheme in _schemes(given) if scheme is not None]
-    if len(found) < len(given):
-        raise ConfigError("against: everything is compared with float; leave that out")
-    return found
-
-
-def _ends(given: Sequence[str | Scheme]) -> list[Scheme | None]:
-    """Candidates for the embedding, whose rows are looked up, and the output head.
-
-    Raises:
-        ConfigError: one has quantized activations.
-    """
-    found = _schemes(given)
-    for scheme in found:
-        if scheme is not None and scheme.activations is not None:
-            raise ConfigError(f"ends: {scheme} has quantized activations; give one such as w8a16")
-    return found
-
-
-def _named(name: str) -> Scheme | None:
-    return None if name == "float" else preset(name)
-
-
-def _size(budget: Budget, space: Space, model: nn.Module, config: QuantizationConfig) -> Limit:
-    """The limit on bytes that a budget of bytes or bits sets."""
-    dtype = float_dtype(config)
-    if budget.kind == "bits":
-        unit = (8 / space.weights, "bits")
-        bound = (budget.value or 0) * space.weights / 8
-        return Limit(budget.text, bytes_table(space), bound, unit)
-    if budget.value is not None:
-        bound = budget.value - space.fixed_bytes
-    elif budget.like is not None:
-        uniform = config.model_copy(update={"scheme": budget.like})
-        bound = plan(model, uniform, dtype=dtype).bytes_after - space.fixed_bytes
-    else:
-        bound = plan(model, config, dtype=dtype).bytes_before - space.fixed_bytes
-    return Limit(budget.text, bytes_table(space), bound, MEGABYTES, space.fixed_bytes)
 
 
 def _stand_in(recipe: Recipe) -> Callable[[Tensor, WeightScheme], QuantizedWeight]:
@@ -330,42 +356,3 @@ def _stand_in(recipe: Recipe) -> Callable[[Tensor, WeightScheme], QuantizedWeigh
     return lambda weight, scheme: (
         recipe.algorithm.quantize(weight, scheme, None, recipe.options).weight
     )
-
-
-def _text(config: QuantizationConfig, data: Any, tokenizer: Any) -> TokenSet:
-    """The tokens that sensitivities are predicted on."""
-    if isinstance(data, TokenSet):
-        return data
-    section = config.calibration
-    if data is not None:
-        section = make_section(CalibrationConfig, "search", data=[os.fspath(data)])
-    if section is None:
-        raise CalibrationError(
-            "the search needs text to predict sensitivities on: add a section 'calibration:' with "
-            "'data: FILE', or pass data=..."
-        )
-    if tokenizer is None:
-        raise CalibrationError("text needs a tokenizer: pass tokenizer=...")
-    return calibration_tokens(section, tokenizer)
-
-
-def _windows(
-    config: QuantizationConfig, given: TokenSet | None, tokenizer: Any, seen: TokenSet
-) -> TokenSet:
-    """The windows to measure on; never the text that was searched on."""
-    if given is None:
-        if config.evaluation is None:
-            raise CalibrationError(
-                "measuring needs text: add a section 'evaluation:' with 'data: FILE', or pass "
-                "evaluation=..., or verify=False"
-            )
-        if tokenizer is None:
-            raise CalibrationError("evaluation text needs a tokenizer: pass tokenizer=...")
-        given = evaluation_windows(config.evaluation, tokenizer)
-    shared = overlap(seen, given)
-    if shared > 0:
-        raise CalibrationError(
-            f"{shared:.0%} of the evaluation text is in the text that is searched on; give other "
-            "text to measure on"
-        )
-    return given

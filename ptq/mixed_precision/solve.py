@@ -1,6 +1,9 @@
 """One option for each group of layers, by integer programming (HiGHS, through scipy)."""
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -62,7 +65,7 @@ def allocate(cost: Table, limits: Sequence[Limit]) -> list[int]:
                 f"{limit.show(least)} to {limit.show(most)}, {limit.show(limit.bound)} are asked "
                 "for; raise it, or allow smaller schemes, or more layers"
             )
-    chosen = _solve(cost, limits)
+    chosen = solve(cost, limits)
     if chosen is None:
         raise ConfigError(_together(limits))
     return chosen
@@ -71,7 +74,7 @@ def allocate(cost: Table, limits: Sequence[Limit]) -> list[int]:
 def _together(limits: Sequence[Limit]) -> str:
     """Each limit can be kept, all together cannot: the least of the last one under the others."""
     *others, last = limits
-    best = _solve(last.figures, others)
+    best = solve(last.figures, others)
     names = ", ".join(repr(limit.name) for limit in others)
     if best is None:
         return f"budgets {names} cannot be met together; raise one"
@@ -82,7 +85,7 @@ def _together(limits: Sequence[Limit]) -> str:
     )
 
 
-def _solve(cost: Table, limits: Sequence[Limit]) -> list[int] | None:
+def solve(cost: Table, limits: Sequence[Limit]) -> list[int] | None:
     """As :func:`allocate`; None where no choice keeps the limits."""
     optimize, sparse = _scipy()
     sizes = [len(row) for row in cost]
@@ -99,19 +102,34 @@ def _solve(cost: Table, limits: Sequence[Limit]) -> list[int] | None:
         )
     objective = _flat(cost)
     objective = objective / max(1e-300, objective.max()) * 1e3
-    found = optimize.milp(
-        objective,
-        integrality=np.ones(len(columns)),
-        bounds=optimize.Bounds(0, 1),
-        constraints=constraints,
-        # HiGHS' presolve prints lines of its own to the standard output.
-        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS, "presolve": False},
-    )
+    with _silent():
+        found = optimize.milp(
+            objective,
+            integrality=np.ones(len(columns)),
+            bounds=optimize.Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+        )
     if found.status == 2:
         return None
     if found.x is None:
         raise UnsupportedError(f"the solver found no allocation: {found.message}")
     return [int(np.argmax(found.x[a:b])) for a, b in pairwise(starts)]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Within it, nothing reaches the process' standard output: HiGHS prints lines of its own there,
+    whatever its options say, from below Python's ``sys.stdout``."""
+    sys.stdout.flush()
+    with open(os.devnull, "wb") as nothing:
+        own = os.dup(1)
+        try:
+            os.dup2(nothing.fileno(), 1)
+            yield
+        finally:
+            os.dup2(own, 1)
+            os.close(own)
 
 
 def _flat(table: Table) -> Any:

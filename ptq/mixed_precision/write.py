@@ -62,7 +62,7 @@ def _shortened(value: Any) -> Any:
     """Lists of one are written as what they hold where the key takes that."""
     if isinstance(value, dict):
         return {
-            key: v[0] if key == "data" and isinstance(v, list) and len(v) == 1 else v
+            key: v[0] if key in ("data", "prompt") and isinstance(v, list) and len(v) == 1 else v
             for key, v in value.items()
         }
     return value

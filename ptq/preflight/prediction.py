@@ -20,6 +20,7 @@ class Prediction:
         times: seconds by what they are spent on; None where time is not predicted.
         elapsed: seconds of the run that are over.
         measuring: seconds that measuring this machine took.
+        threads: with one, seconds are of its processor time; with several, of the clock.
         counted: the text is read, or none is needed; else every sequence is taken to be as long as
             the configuration allows, so memory and time are upper ends.
     """
@@ -29,6 +30,7 @@ class Prediction:
     times: dict[str, float] | None
     elapsed: float
     measuring: float
+    threads: int = 1
     counted: bool = True
 
     @property
@@ -53,6 +55,7 @@ class Prediction:
             "seconds_of": self.times,
             "seconds_before": self.elapsed,
             "seconds_measuring": self.measuring,
+            "threads": self.threads,
             "text_counted": self.counted,
         }
 
@@ -79,6 +82,7 @@ def predict(
     *,
     rates: Rates | None,
     measuring: float = 0.0,
+    threads: int = 1,
 ) -> Prediction:
     """Predict a run.
 
@@ -87,11 +91,12 @@ def predict(
         elapsed: seconds that the run has taken, by :func:`ptq.preflight.clock`.
         rates: of this machine; None where the model does not run on its processor.
         measuring: seconds that measuring them took.
+        threads: that will run.
     """
     times = None if rates is None else time_terms(facts, rates)
     stages = tuple(memory_stages(facts, process))
     counted = facts.lengths is not None or not facts.calibrates
-    return Prediction(checkpoint_bytes, stages, times, elapsed, measuring, counted)
+    return Prediction(checkpoint_bytes, stages, times, elapsed, measuring, threads, counted)
 
 
 def compared(predicted: dict[str, Any], measured: dict[str, float | int]) -> dict[str, Any]:
@@ -100,14 +105,12 @@ def compared(predicted: dict[str, Any], measured: dict[str, float | int]) -> dic
     Args:
         predicted: of :meth:`Prediction.to_dict`.
         measured: ``checkpoint_bytes``, ``peak_memory_bytes``, ``seconds`` (by the clock) and
-            ``cpu_seconds`` (of all threads).
+            ``cpu_seconds`` (of all threads, and of processes that ended), which a prediction of
+            the clock is not compared with.
     """
-    pairs = {
-        "checkpoint_bytes": "checkpoint_bytes",
-        "peak_memory_bytes": "peak_memory_bytes",
-        "seconds": "seconds",
-        "cpu_seconds": "seconds",
-    }
+    pairs = {name: name for name in ("checkpoint_bytes", "peak_memory_bytes", "seconds")}
+    if predicted["threads"] == 1:
+        pairs["cpu_seconds"] = "seconds"
     errors = {
         name: 100 * (predicted[source] / measured[name] - 1)
         for name, source in pairs.items()

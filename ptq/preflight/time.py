@@ -6,6 +6,7 @@ from ptq.preflight.rates import Rates
 _LIBRARIES = 0.5  # seconds: what is imported later than the plan
 _PARSES = 1.3, 3.3  # of a GGUF file's header: for its tokenizer, for its weights
 _DEQUANTIZING = 25e-9  # of an element of a GGUF file, by the package gguf
+_START = 4.5e6  # operations that importing everything in a new process is worth
 _SMALL_OPERATIONS = 800  # of a block, its layers' calls included
 _COLD = 1.2  # how much slower rounding is on memory that was not used just before
 _GIVEN_BACK = 1.3  # how much slower a calibrated pass is, whose memory goes back to the system
@@ -36,7 +37,7 @@ class _Work:
     def terms(self) -> Terms:
         evaluation, generation = self.facts.config.evaluation, self.facts.config.generation
         windows = 0 if evaluation is None else evaluation.windows * evaluation.context
-        prompts = () if generation is None else generation.all_prompts
+        prompts = () if generation is None else generation.prompt
         new = 0 if generation is None else generation.max_new_tokens * len(prompts)
         return {
             "libraries, tokenizer": _LIBRARIES + _PARSES[0] * self.facts.source.parse_seconds,
@@ -46,7 +47,8 @@ class _Work:
             "calibrate": self._calibrate(),
             "quantize": self._quantize(),
             "save": 4 * self.facts.quantized_bytes * self.rates.hashing,
-            "read back": self._read_back(),
+            "verify": self._verify(),
+            "read back": 2 * self.facts.quantized_bytes * self.rates.hashing,
             "evaluate quantized": windows
             * (self.quantized_token + self._head(True) + self.rates.statistics + self._keep(14)),
             "generate quantized": new * self._one(True),
@@ -169,11 +171,15 @@ class _Work:
             total += layer.count * 1.35 * (products * flop + 8 * k * 10 * self.rates.small)
         return total
 
-    def _read_back(self) -> float:
-        """Tensors are hashed and compared, and both models run on a few tokens."""
+    def _verify(self) -> float:
+        """A process starts, hashes the files and loads them; there and here the model runs on a
+        few tokens, one after the other, and every layer's output is hashed."""
+        read = 2 * self.facts.quantized_bytes * self.rates.hashing
+        output = self.facts.config.output
+        if output is not None and output.verify == "files":
+            return read
         runs = 0 if self.facts.streamed else 4
-        compared = 4 * self.facts.quantized_bytes * self.rates.hashing
-        return compared + runs * self._one(True)
+        return _START * self.rates.small + read + runs * self._one(True)
 
 
 def _checked(iteration: int, iterations: int) -> bool:

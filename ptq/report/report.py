@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import sys
+import time
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -86,7 +87,7 @@ def _summary(s: dict[str, Any]) -> list[str]:
         )
     lines += [f"note       {note}" for note in s.get("notes", [])]
     if "generation" in s:
-        for g in s["generation"].get("samples", [s["generation"]]):
+        for g in s["generation"]["samples"]:
             lines += [
                 f"prompt     {_short(g['prompt'])}",
                 f"float      {_short(g['float'])}",
@@ -121,8 +122,8 @@ def _predicted(p: dict[str, Any]) -> str:
     peak = f"{p['peak_memory_bytes'] / 1e9:.2f} GB ({errors['peak_memory_bytes']:+.0f}%)"
     if p["seconds"] is None:
         return f"{size}, {peak}"
-    wall, cpu = errors["seconds"], errors["cpu_seconds"]
-    return f"{size}, {peak}, {p['seconds']:.0f} s ({wall:+.0f}%; {cpu:+.0f}% of processor time)"
+    cpu = f"; {errors['cpu_seconds']:+.0f}% of processor time" if "cpu_seconds" in errors else ""
+    return f"{size}, {peak}, {p['seconds']:.0f} s ({errors['seconds']:+.0f}%{cpu})"
 
 
 def _short(text: str) -> str:
@@ -160,6 +161,12 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of those that it started and that ended."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
 
 
 def peak_memory_bytes() -> int:

@@ -18,20 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq.algorithms import round_to_nearest, rtn
+from ptq.algorithms import round_to_nearest, rtn, with_static_input
 from ptq.algorithms.rtn import RtnOptions
-from ptq.calibrate import TokenSet, batches, batches_of, call
+from ptq.calibrate import LayerStatistics, TokenSet, batches, batches_of, call
 from ptq.calibrate.inputs import padding_mask
 from ptq.config import Scheme, WeightScheme
 from ptq.core import QuantizedWeight
-from ptq.errors import CalibrationError, ConfigError, ModelError, PTQError, UnsupportedError
-from ptq.kernels import quantize_activation
+from ptq.errors import CalibrationError, ConfigError, ModelError, PTQError
 from ptq.model import eval_mode, require_causal, unfolded
+from ptq.sensitivity.change import round_trip
 
 Quantize = Callable[[Tensor, WeightScheme], QuantizedWeight]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 _CHUNK = 64  # neighbouring tokens whose products are summed before they are squared
+_ELEMENTS = 1 << 22  # of the chunks' weight gradients that exist at a time
 _ROWS = 64  # rows of float32 probabilities that exist at a time
 
 
@@ -78,6 +79,7 @@ def predicted_divergence(
     candidates: Mapping[str, Iterable[Scheme]],
     *,
     quantize: Quantize = clipped,
+    statistics: Mapping[str, LayerStatistics] | None = None,
     draws: int = 1,
     seed: int = 0,
     progress: Progress = iter,
@@ -97,21 +99,24 @@ def predicted_divergence(
     Args:
         model: a causal language model, float; left as it was. Linear layers and embeddings.
         data: token windows, or batches (mappings with ``input_ids``) as calibration takes them.
-        candidates: by name of the layer (as a plan has them), schemes without static activations.
+        candidates: by name of the layer (as a plan has them), schemes.
+        statistics: the ranges of static activations (:func:`ptq.calibrate.collect`).
         draws: of signs, for each batch.
 
     Raises:
         ConfigError: no such layer, or a scheme does not fit it.
-        CalibrationError: no data.
+        CalibrationError: no data, or a static scheme has no statistics.
         ModelError: a gradient is not finite.
-        UnsupportedError: the model has no next-token logits; a scheme has static activations.
+        UnsupportedError: the model has no next-token logits.
     """
     require_causal(model)
     asked = {name: tuple(schemes) for name, schemes in candidates.items()}
+    asked = {name: schemes for name, schemes in asked.items() if schemes}
     given = batches(data, 1) if isinstance(data, TokenSet) else batches_of(data)
     generator = torch.Generator().manual_seed(seed)
     with unfolded(model, asked), eval_mode(model), _without_gradients(model):
-        watches = {name: _watch(model, name, asked[name], quantize) for name in asked}
+        seen = statistics or {}
+        watches = {n: _watch(model, n, asked[n], quantize, seen.get(n)) for n in asked}
         tokens = 0
         for index, batch in enumerate(progress(list(given))):
             tokens += _sample(model, batch, index, list(watches.values()), draws, generator)
@@ -126,12 +131,14 @@ class _Watch:
 
     Args:
         errors: by scheme, the weight's change, in bfloat16 (two bytes a weight and candidate).
+        inputs: by scheme with static activations, scale and zero point of the input.
         sums: of the current run, by scheme: products by chunk; a layer may run several times.
     """
 
     name: str
     layer: nn.Linear | nn.Embedding
     errors: dict[Scheme, Tensor]
+    inputs: dict[Scheme, tuple[Tensor | None, Tensor | None]]
     found: dict[Scheme, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     sums: dict[Scheme, Tensor] = field(default_factory=dict)
 
@@ -149,20 +156,18 @@ class _Watch:
             ids = x.reshape(-1)
             return {s: _chunks((gradient * e[ids]).sum(-1)) for s, e in self.errors.items()}
         rows = x.reshape(-1, x.shape[-1]).float()
-        parts = list(zip(torch.split(gradient, _CHUNK), torch.split(rows, _CHUNK), strict=True))
-        found: dict[Scheme, list[Tensor]] = defaultdict(list)
-        for g, part in parts:
-            weight_gradient = (g.T @ part).flatten()
-            for scheme, error in self.errors.items():
-                found[scheme].append(weight_gradient @ error.flatten().float())
-        return {s: torch.stack(v).double() + self._activations(s, rows, gradient)
-                for s, v in found.items()}  # fmt: skip
+        products = _weight_products(rows, gradient, list(self.errors.values()))
+        return {
+            scheme: products[:, i] + self._activations(scheme, rows, gradient)
+            for i, scheme in enumerate(self.errors)
+        }
 
     def _activations(self, scheme: Scheme, x: Tensor, gradient: Tensor) -> Tensor | float:
         """The same of the rounding of the layer's input."""
         if scheme.activations is None:
             return 0.0
-        change = quantize_activation(x, scheme.activations).dequantize() - x
+        scale, zero_point = self.inputs.get(scheme, (None, None))
+        change = round_trip(x, scheme.activations, scale, zero_point) - x
         return _chunks(((gradient @ self.layer.weight.float()) * change).sum(-1))
 
     def close(self) -> None:
@@ -174,6 +179,26 @@ class _Watch:
 def _chunks(products: Tensor) -> Tensor:
     """Sums of the products [rows] over each chunk, float64."""
     return torch.stack([part.double().sum() for part in torch.split(products, _CHUNK)])
+
+
+def _weight_products(x: Tensor, gradient: Tensor, errors: list[Tensor]) -> Tensor:
+    """Products of the weight's gradient over each chunk with each change of it, float64
+    [chunks, changes].
+
+    Args:
+        x: float32 [rows, K]; gradient: float32 [rows, N]; errors: of the weight, each [N, K].
+    """
+    padding = (0, 0, 0, -len(x) % _CHUNK)
+    parts = torch.nn.functional.pad(x, padding).reshape(-1, _CHUNK, x.shape[1])
+    sides = torch.nn.functional.pad(gradient, padding).reshape(len(parts), _CHUNK, -1)
+    total = torch.zeros(len(parts), len(errors), dtype=torch.float64, device=x.device)
+    step = max(1, _ELEMENTS // (len(parts) * x.shape[1]))  # rows of the weight at a time
+    for start in range(0, gradient.shape[1], step):
+        rows = slice(start, start + step)
+        made = torch.bmm(sides[..., rows].transpose(1, 2), parts).flatten(1)
+        changes = torch.stack([error[rows].flatten().float() for error in errors])
+        total += (made @ changes.T).double()
+    return total
 
 
 def _added(a: Tensor, b: Tensor) -> Tensor:
@@ -198,7 +223,13 @@ def _products(watches: Mapping[str, _Watch]) -> dict[tuple[str, Scheme], Tensor]
     }
 
 
-def _watch(model: nn.Module, name: str, schemes: tuple[Scheme, ...], quantize: Quantize) -> _Watch:
+def _watch(
+    model: nn.Module,
+    name: str,
+    schemes: tuple[Scheme, ...],
+    quantize: Quantize,
+    seen: LayerStatistics | None,
+) -> _Watch:
     layer = dict(model.named_modules()).get(name)
     if type(layer) not in (nn.Linear, nn.Embedding):
         found = "there is none" if layer is None else f"it is a {type(layer).__name__}"
@@ -206,19 +237,22 @@ def _watch(model: nn.Module, name: str, schemes: tuple[Scheme, ...], quantize: Q
     assert isinstance(layer, nn.Linear | nn.Embedding)
     if layer.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
         quantize = round_to_nearest  # embeddings are, whatever the recipe
-    errors = {}
+    errors, inputs = {}, {}
     for scheme in schemes:
-        if scheme.activations is not None and scheme.activations.mode == "static":
-            raise UnsupportedError(
-                f"layer {name}: the effect of static activations ({scheme}) is not predicted; "
-                "give dynamic ones, such as w8a8"
-            )
         try:
             made = quantize(layer.weight.detach(), scheme.weights)
         except PTQError as error:
             raise type(error)(f"layer {name}: {error}") from None
         errors[scheme] = (made.dequantize() - layer.weight.detach()).to(torch.bfloat16)
-    return _Watch(name, layer, errors)
+        if scheme.activations is not None and scheme.activations.mode == "static":
+            if seen is None:
+                raise CalibrationError(
+                    f"layer {name}: scheme {scheme} has static activations, whose range is not "
+                    "given: pass statistics=ptq.calibrate.collect(...)"
+                )
+            made = with_static_input(made, scheme.activations, seen.low, seen.high)
+            inputs[scheme] = made.input_scale, made.input_zero_point
+    return _Watch(name, layer, errors, inputs)
 
 
 @contextmanager

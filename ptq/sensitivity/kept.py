@@ -21,9 +21,13 @@ from ptq.sensitivity.fisher import Prediction
 _FORMAT = "ptq-sensitivity-1"
 
 
-def origin_of(model: nn.Module, tokens: TokenSet) -> str:
-    """A hash of the text and of each linear layer's weight (its sum), which a prediction is of."""
-    digest = hashlib.sha256(tokens.sha256.encode())
+def origin_of(model: nn.Module, tokens: TokenSet, how: str = "") -> str:
+    """A hash of the text and of each linear layer's weight (its sum), which a prediction is of.
+
+    Args:
+        how: it was made, besides.
+    """
+    digest = hashlib.sha256((tokens.sha256 + how).encode())
     parameters = dict(model.named_parameters())
     for info in read_layers(model):
         weight = parameters.get(f"{info.name}.weight")
@@ -92,7 +96,7 @@ def refuse_other(
     """
     if prediction.origin != origin:
         raise CalibrationError(
-            f"{path} is of another model or text; delete it, and it is made anew"
+            f"{path} is of another model or text, or of other codes; delete it, and it is made anew"
         )
     for layer, scheme in wanted:
         if (layer, scheme) not in prediction.products:

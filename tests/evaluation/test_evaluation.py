@@ -27,7 +27,6 @@ from transformers import (
 
 import ptq
 from ptq.calibrate import TokenSet
-from ptq.config import GenerationConfig
 from ptq.errors import CalibrationError, ConfigError, ModelError, UnsupportedError
 from ptq.evaluation import (
     Evaluation,
@@ -249,7 +248,7 @@ def test_sample_gives_new_tokens_only() -> None:
     tokenizer = tiny_tokenizer(chat=True)
     model = tiny_llama()
     model.generation_config.eos_token_id = None
-    prompt = encode_prompt(GenerationConfig(prompt="w3 w4"), tokenizer)
+    prompt = encode_prompt("w3 w4", tokenizer)
     made = sample(model, tokenizer, prompt, 5)
     assert made.new_tokens == 5
     assert not made.text.startswith("w3 w4 ")
@@ -260,7 +259,7 @@ def test_sample_of_an_encoder_decoder_is_what_the_decoder_wrote() -> None:
         d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=97,
         decoder_start_token_id=0, eos_token_id=None,
     )  # fmt: skip
-    prompt = encode_prompt(GenerationConfig(prompt="w3 " * 20), tiny_tokenizer())
+    prompt = encode_prompt("w3 " * 20, tiny_tokenizer())
     made = sample(T5ForConditionalGeneration(config).eval(), tiny_tokenizer(), prompt, 6)
     assert made.new_tokens == 6
 
@@ -272,21 +271,20 @@ def test_the_prompt_of_a_chat_has_its_special_tokens_once() -> None:
         single="<eos> $A", special_tokens=[("<eos>", 1)]
     )
     tokenizer.chat_template = "<eos> {{ messages[0]['content'] }}"
-    chat = encode_prompt(GenerationConfig(prompt="w3", chat=True), tokenizer)
-    plain = encode_prompt(GenerationConfig(prompt="w3"), tokenizer)
+    chat = encode_prompt("w3", tokenizer, chat=True)
+    plain = encode_prompt("w3", tokenizer)
     assert tokenizer.decode(chat[0]) == tokenizer.decode(plain[0]) == "<eos> w3"
 
 
 def test_prompts_that_cannot_be_used() -> None:
     with pytest.raises(ModelError, match="chat template"):
-        encode_prompt(GenerationConfig(chat=True), tiny_tokenizer())
+        encode_prompt("w3", tiny_tokenizer(), chat=True)
     with pytest.raises(ModelError, match="without one"):
-        encode_prompt(GenerationConfig(), None)
+        encode_prompt("w3", None)
     tokenizer = tiny_tokenizer()
     tokenizer._tokenizer.normalizer = Strip()
-    blank = GenerationConfig.model_construct(prompt="  ", chat=False, max_new_tokens=1)
     with pytest.raises(CalibrationError, match="has no tokens"):
-        encode_prompt(blank, tokenizer)
+        encode_prompt("  ", tokenizer)
 
 
 def test_sample_refuses_what_cannot_generate() -> None:

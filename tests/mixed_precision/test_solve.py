@@ -1,5 +1,6 @@
 """The allocation against trying every one."""
 
+import os
 from itertools import product
 
 import pytest
@@ -56,3 +57,19 @@ def test_what_is_possible_together_is_said() -> None:
     limits = [Limit("1.5 MB", size, 1.5e6, MB), Limit("2 ms", time, 2.0, (1, "ms"))]
     with pytest.raises(ConfigError, match="'2 ms' cannot be met together with '1.5 MB': .* 9 ms"):
         allocate(size, limits)
+
+
+def test_the_solver_prints_nothing(monkeypatch, capfd) -> None:
+    """HiGHS does so now and then, on the process' own standard output."""
+    from scipy import optimize
+
+    own = optimize.milp
+
+    def talking(*arguments, **options):
+        os.write(1, b"a line of HiGHS")
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(optimize, "milp", talking)
+    assert allocate([[2.0, 1.0]], []) == [1]
+    os.write(1, b"after it")
+    assert capfd.readouterr().out == "after it"

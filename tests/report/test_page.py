@@ -249,9 +249,15 @@ def test_tokens_are_coloured_by_their_divergence(sections: dict[str, Any]) -> No
 
 
 def test_differences_of_generated_texts_are_marked(sections: dict[str, Any]) -> None:
-    sections["generation"] |= {"float": "one two three.", "quantized": "one 2 three, four."}
-    marks = [node.text for node in Page(render(sections)).all("mark")]
-    assert marks == ["two", "2", ", four"]
+    one = {"prompt": "x", "float": "one two three.", "quantized": "one 2 three, four."}
+    other = {"prompt": "y", "float": "a b", "quantized": "a c"}
+    for made, expected in (
+        (one, ["two", "2", ", four"]),  # of an older report
+        ({"samples": [one, other]}, ["two", "2", ", four", "b", "c"]),
+    ):
+        sections["generation"] = made
+        page = Page(render(sections))
+        assert [node.text for node in page.all("mark")] == expected
 
 
 def luminance(color: str) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.algorithms import round_to_nearest
-from ptq.calibrate import TokenSet
+from ptq.calibrate import LayerStatistics, TokenSet
 from ptq.config import Scheme, preset
 from ptq.errors import CalibrationError, ConfigError, UnsupportedError
 from ptq.kernels import quantize_activation
@@ -83,27 +83,64 @@ def test_what_moves_all_logits_alike_costs_nothing() -> None:
     assert shifted(slice(None)) < 1e-6 * shifted(slice(48))
 
 
-def test_rounded_inputs_add_to_the_product() -> None:
-    """Against the gradient of a layer whose output is shifted by hand."""
-    model = tiny_llama()
-    ids = tokens(1)
-    both = predicted_divergence(model, ids, {Q: [W8A8]}, quantize=round_to_nearest)
-    weights = predicted_divergence(model, ids, {Q: [preset("w8a16")]}, quantize=round_to_nearest)
-    layer, seen = model.get_submodule(Q), {}
-    layer.register_forward_pre_hook(lambda _, x: seen.update(x=x[0].detach()[0]))
-    step = torch.zeros(9, 32, requires_grad=True)
-    layer.register_forward_hook(lambda _, __, y: y + step)
-    logits = model(input_ids=ids.sequences[0][None], use_cache=False).logits[0]
+def by_hand(model: nn.Module, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Input [T, K] of a layer, and the gradient [T, N] of the drawn log-likelihood for its output,
+    by shifting that."""
+    layer, seen = model.get_submodule(name), {}
+    step = torch.zeros(len(ids), layer.out_features, requires_grad=True)
+    handles = [
+        layer.register_forward_pre_hook(lambda _, x: seen.update(x=x[0].detach()[0])),
+        layer.register_forward_hook(lambda _, __, y: y + step),
+    ]
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    for handle in handles:
+        handle.remove()
     p = logits.detach().softmax(-1)
     signs = torch.randint(
         0, 2, p.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8
     )
     drawn = p.sqrt() * (2 * signs - 1)
     (g,) = torch.autograd.grad(logits, step, drawn - p * drawn.sum(-1, keepdim=True))
-    change = quantize_activation(seen["x"], W8A8.activations).dequantize() - seen["x"]
-    wanted = (g * (change @ layer.weight.T)).sum().item()
-    found = (both.products[Q, W8A8] - weights.products[Q, preset("w8a16")]).item()
+    return seen["x"], g
+
+
+@pytest.mark.parametrize("scheme", [W8A8, preset("w8a8-static")])
+def test_rounded_inputs_add_to_the_product(scheme: Scheme) -> None:
+    """Of a static range, which is -0.5 to 1 here, so that something saturates."""
+    model, ids = tiny_llama(), tokens(1)
+    ranges = {Q: LayerStatistics(torch.tensor([-0.5]), torch.tensor([1.0]), 9)}
+    both = predicted_divergence(
+        model, ids, {Q: [scheme]}, quantize=round_to_nearest, statistics=ranges
+    )
+    weights = predicted_divergence(model, ids, {Q: [preset("w8a16")]}, quantize=round_to_nearest)
+    x, g = by_hand(model, Q, ids.sequences[0])
+    if scheme == W8A8:
+        rounded = quantize_activation(x, W8A8.activations).dequantize()
+    else:
+        assert x.abs().max() > 1
+        rounded = (x * 127.5).round().clamp(-128, 127) / 127.5  # 255 steps from end to end
+    wanted = (g * ((rounded - x) @ model.get_submodule(Q).weight.T)).sum().item()
+    found = (both.products[Q, scheme] - weights.products[Q, preset("w8a16")]).item()
     assert found == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("elements", [1 << 22, 500])
+def test_each_chunk_has_its_product(monkeypatch, elements: int) -> None:
+    """150 tokens, some rows of the weight's gradient at a time, two candidates at once."""
+    monkeypatch.setattr("ptq.sensitivity.fisher._ELEMENTS", elements)
+    model = tiny_llama()
+    model.config.max_position_embeddings = 256
+    ids = torch.randint(0, 97, (150,), generator=torch.Generator().manual_seed(2))
+    schemes = [W4, preset("w3a16-g16-asym")]
+    found = predicted_divergence(
+        model, [{"input_ids": ids[None]}], {Q: schemes}, quantize=round_to_nearest
+    )
+    x, g = by_hand(model, Q, ids)
+    for scheme in schemes:
+        each = (g * (x @ weight_change(model, Q, scheme).T)).sum(1)
+        wanted = torch.stack([part.sum() for part in each.split(64)])
+        size = each.abs().sum()  # changes are kept in bfloat16
+        assert (found.products[Q, scheme].float() - wanted).abs().max() < 2**-8 * size
 
 
 def test_padding_does_not_count() -> None:
@@ -132,21 +169,13 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not model.get_input_embeddings()._forward_hooks
 
 
-def test_long_sequences_are_summed_by_chunks() -> None:
-    model = tiny_llama()
-    model.config.max_position_embeddings = 256
-    ids = torch.randint(0, 97, (1, 150), generator=torch.Generator().manual_seed(2))
-    found = predicted_divergence(model, [{"input_ids": ids}], {DOWN: [W4]})
-    assert found.products[DOWN, W4].shape == (3,)
-
-
 @pytest.mark.parametrize(
     ("candidates", "kind", "words"),
     [
         ({"model.layers.7.x": [W4]}, ConfigError, "layer model.layers.7.x: expected a linear"),
         ({"model.norm": [W4]}, ConfigError, "it is a LlamaRMSNorm"),
         ({Q: [preset("w4a16-g64")]}, ConfigError, f"layer {Q}: "),
-        ({Q: [preset("w8a8-static")]}, UnsupportedError, "static activations .w8a8-static."),
+        ({Q: [preset("w8a8-static")]}, CalibrationError, f"layer {Q}: scheme w8a8-static"),
     ],
 )
 def test_what_cannot_be_predicted(candidates, kind, words) -> None:

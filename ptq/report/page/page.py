@@ -185,7 +185,10 @@ def _different_inputs(data: PageData) -> list[dict[str, Any]]:
 def _generation(data: PageData) -> Any:
     if data.generation is None:
         return None
-    return differences(data.generation.float_text, data.generation.quantized_text)
+    return [
+        (each.prompt, differences(each.float_text, each.quantized_text))
+        for each in data.generation.samples
+    ]
 
 
 def _search(data: PageData) -> Any:

@@ -181,10 +181,21 @@ class Speed(Part):
     decode: Race
 
 
-class Generation(Part):
+class Sample(Part):
     prompt: str
     float_text: str = Field(alias="float")
     quantized_text: str = Field(alias="quantized")
+
+
+class Generation(Part):
+    samples: list[Sample]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_older_report(cls, value: Any) -> Any:
+        """Which had one sample, whose keys lay here."""
+        old = isinstance(value, dict) and "samples" not in value
+        return {"samples": [value]} if old else value
 
 
 class KernelRange(Part):
