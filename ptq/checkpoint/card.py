@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ptq.checkpoint.account import versions
-from ptq.checkpoint.card_origin import Origin, identity_mark, origin_of
+from ptq.checkpoint.card_origin import Origin, identity_mark, model_identity, origin_of
 from ptq.checkpoint.card_sections import (
     figures_section,
     loading,
@@ -79,6 +79,32 @@ def card_of(
     if origin is not None and origin.layout == "ptq" and config is None:
         return origin.text
     return card_text(model, config, identity=identity, origin=origin)
+
+
+def converted_card(
+    model: PreTrainedModel,
+    loaded: nn.Module,
+    layout: str,
+    engine: str,
+    rounded: Sequence[str],
+) -> str:
+    """The card of a model in a format of another toolkit.
+
+    Args:
+        model: what was written; figures are those of the card that it was loaded with.
+        loaded: what the format's files hold of it.
+        engine, rounded: as in :func:`card_text`.
+    """
+    name = model.config.name_or_path
+    origin = origin_of(Path(name) / CARD, model_identity(model)) if name else None
+    return card_text(
+        model,
+        identity=model_identity(loaded),
+        origin=origin,
+        layout=layout,
+        engine=engine,
+        rounded=rounded,
+    )
 
 
 def is_own_card(path: Path) -> bool:

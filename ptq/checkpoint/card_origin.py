@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from torch import nn
 
+from ptq.checkpoint.account import layer_entries
 from ptq.checkpoint.card_sections import FIGURES, RECIPE
+from ptq.checkpoint.hashing import tensor_sha256
+from ptq.checkpoint.manifest import identity
+from ptq.checkpoint.tensors import distinct_tensors
 
 _MARK = re.compile(r"<!-- model: ([0-9a-f]{64}) -->")
 _MAX_BYTES = 1_000_000  # of a card
@@ -28,9 +33,16 @@ class Origin:
     figures: str
 
 
-def identity_mark(identity: str) -> str:
+def model_identity(model: nn.Module) -> str:
+    """The identity of a model in memory, as a manifest of it has it."""
+    tensors, _ = distinct_tensors(model)
+    hashes = {key: tensor_sha256(tensor) for key, tensor in tensors.items()}
+    return identity(layer_entries(model), hashes)
+
+
+def identity_mark(whose: str) -> str:
     """How a card says whose it is."""
-    return f"<!-- model: {identity} -->"
+    return f"<!-- model: {whose} -->"
 
 
 def marked(text: str) -> str | None:
@@ -39,12 +51,12 @@ def marked(text: str) -> str | None:
     return found[-1] if found else None
 
 
-def origin_of(path: Path, identity: str) -> Origin | None:
+def origin_of(path: Path, whose: str) -> Origin | None:
     """The card at a path, if there is one of ptq that is about this model."""
     if not path.is_file() or path.stat().st_size > _MAX_BYTES:
         return None
     text = path.read_text(encoding="utf-8", errors="replace")
-    if marked(text) != identity:
+    if marked(text) != whose:
         return None
     data = ModelCard(text, ignore_metadata_errors=True).data
     base = re.search(r"^Made from `([^`]+)`", text, re.MULTILINE)

@@ -20,6 +20,7 @@ from ptq.checkpoint import (
     card_text,
     convert,
     declare_quantized,
+    read_manifest,
     save,
     verify_files,
 )
@@ -42,8 +43,56 @@ def test_the_card_of_a_saved_model(tmp_path: Path) -> None:
     assert "| 14 QuantLinear | `w8a8` |" in card.text and "import ptq" in card.text
     assert torch.__version__ in card.text
     assert is_own_card(tmp_path / "out/README.md") and verify_files(tmp_path / "out") == []
-    convert(tmp_path / "out", tmp_path / "ct", "compressed-tensors")
-    assert not (tmp_path / "ct/README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("layout", "scheme", "needs"),
+    [
+        ("compressed-tensors", "w8a8", "compressed-tensors"),
+        ("gptq", "w4a16-g16", "optimum gptqmodel"),
+        ("awq", "w4a16-g16-asym", "gptqmodel"),
+    ],
+)
+def test_the_card_in_another_format(tmp_path: Path, layout: str, scheme: str, needs: str) -> None:
+    """Says how it is loaded, and has the base and the scheme; it is verified as it was before."""
+    model = quantize_linears(tiny_llama(), scheme)
+    model.config._name_or_path = "someone/tiny-llama"
+    save(model, tmp_path / "out")
+    convert(tmp_path / "out", tmp_path / "it", layout, engine="transformers")
+    card = ModelCard.load(tmp_path / "it/README.md")
+    assert card.data.base_model == "someone/tiny-llama"
+    assert card.data.tags == ["ptq", "quantized", layout, scheme]
+    assert f"`pip install transformers {needs}`" in card.text and "import ptq" not in card.text
+    assert f"| 14 QuantLinear | `{scheme}` |" in card.text
+    assert "Whether vLLM loads them was not checked" in card.text
+    assert is_own_card(tmp_path / "it/README.md")
+
+
+def test_figures_of_a_converted_checkpoint(tmp_path: Path) -> None:
+    """They are those of the source, and the card says so, and what was rounded since."""
+    out, line = measured_checkpoint(tmp_path)
+    convert(out, tmp_path / "ct", "compressed-tensors", engine="transformers", scales="keep")
+    convert(tmp_path / "ct", tmp_path / "back", "ptq")
+    for name in ("ct", "back"):
+        text = (tmp_path / name / "README.md").read_text()
+        assert line in text and text.count("that this one was converted from.") == 1, name
+    half = ptq.load(out)
+    half.to(torch.bfloat16)
+    save(half, tmp_path / "half")
+    assert "Perplexity" not in (tmp_path / "half/README.md").read_text()
+    assert "license: mit" in (tmp_path / "ct/README.md").read_text()
+
+
+def test_figures_of_rounded_scales(tmp_path: Path) -> None:
+    model = quantize_linears(tiny_llama(dtype=torch.bfloat16), "w8a16")
+    save(model, tmp_path / "a")
+    whose = read_manifest(tmp_path / "a").identity
+    found = {"kind": "encoder", "cosine": 0.5}
+    card = card_text(model, report={"evaluation": found}, identity=whose)
+    (tmp_path / "a/README.md").write_text(card)
+    convert(tmp_path / "a", tmp_path / "ct", "compressed-tensors", engine="transformers")
+    text = (tmp_path / "ct/README.md").read_text()
+    assert "converted from; scales rounded to bfloat16" in text and "| cosine | 0.5 |" in text
 
 
 def test_a_card_of_ones_own_is_kept(tmp_path: Path) -> None:
