@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Generic, TypeVar
+from weakref import finalize
 
 from ptq.checkpoint.shard import Stored
 from ptq.errors import CheckpointError
@@ -41,6 +42,7 @@ class Ahead(AbstractContextManager["Ahead[T]"], Generic[T]):
         self._work = work
         self._made: dict[tuple[Path, str], Future[T]] = {}
         self._stack = ExitStack()
+        self._close = finalize(self, self._stack.close)  # also where nobody leaves the context
         self._open = {path: self._opened(path) for path in files}
         self._places = [(p, key, s) for p, header in files.items() for key, s in header.items()]
         self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
@@ -68,7 +70,7 @@ class Ahead(AbstractContextManager["Ahead[T]"], Generic[T]):
         return {key: self._made[path, key].result() for path, key, _ in self._places}
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._close()
 
     def _begin(self, path: Path, key: str, stored: Stored) -> None:
         self._made[path, key] = self._pool.submit(self._work, self._open[path], path, key, stored)
@@ -77,7 +79,7 @@ class Ahead(AbstractContextManager["Ahead[T]"], Generic[T]):
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
-            self._stack.close()
+            self._close()
             raise CheckpointError(f"shard {path} cannot be read: {error}") from None
         self._stack.callback(os.close, descriptor)
         return descriptor
