@@ -66,9 +66,11 @@ def test_the_first_error_and_no_open_files(tmp_path: Path) -> None:
     files = {tmp_path / "a": read_header(tmp_path / "a")}
     before = open_files()
     os.truncate(tmp_path / "a", os.path.getsize(tmp_path / "a") - 2000)
-    with pytest.raises(CheckpointError, match="cut off within tensor t5"):
-        with Ahead(read_tensor, files) as reading:
-            reading.results()
+    with (
+        pytest.raises(CheckpointError, match="cut off within tensor t5"),
+        Ahead(read_tensor, files) as reading,
+    ):
+        reading.results()
     left = Ahead(read_tensor, files)
     assert open_files() == before + 1
     del left
