@@ -7,11 +7,11 @@ from functools import partial
 from torch import nn
 
 from ptq.checkpoint import compressed_tensors, packed_int32
-from ptq.checkpoint.card import CARD, card_text
+from ptq.checkpoint.card import CARD, card_of, card_text
 from ptq.checkpoint.compare import assert_same
 from ptq.checkpoint.convert import CONVERSIONS, convert
 from ptq.checkpoint.declare import declare_quantized
-from ptq.checkpoint.embedded import embed
+from ptq.checkpoint.embedded import embed, metadata_of
 from ptq.checkpoint.load import load
 from ptq.checkpoint.manifest import Manifest
 from ptq.checkpoint.manifest_read import read_manifest
@@ -55,12 +55,14 @@ __all__ = [
     "CheckpointFormat",
     "Manifest",
     "assert_same",
+    "card_of",
     "card_text",
     "check_target",
     "convert",
     "declare_quantized",
     "embed",
     "load",
+    "metadata_of",
     "not_covered",
     "read_manifest",
     "save",

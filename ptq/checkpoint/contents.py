@@ -45,10 +45,19 @@ def check_tensor(root: Path, key: str, tensor: Tensor, manifest: Manifest) -> No
         CheckpointError: it has not.
     """
     entry = manifest.tensors[key]
-    if tensor_sha256(tensor) != entry.sha256:
+    check_hash(root / entry.shard, key, tensor_sha256(tensor), entry.sha256)
+
+
+def check_hash(path: Path, key: str, found: str, wanted: object) -> None:
+    """The hash of a tensor's bytes is that of what was written.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    if found != wanted:
         raise CheckpointError(
-            f"tensor {key} in {root / entry.shard} is damaged: its bytes are not those that were "
-            "written; copy the file again"
+            f"tensor {key} in {path} is damaged: its bytes are not those that were written; "
+            "copy the file again"
         )
 
 

@@ -34,8 +34,8 @@ METADATA_KEY = "ptq_manifest"
 """Of the manifest, in the metadata of a weight file."""
 
 
-def embed(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a quantized model, each once, and the metadata to be written with them.
+def embed(model: nn.Module) -> tuple[dict[str, Tensor], Manifest]:
+    """The tensors of a quantized model, each once, and the manifest to be written with them.
 
     Raises:
         CheckpointError: nothing in the model is quantized, or a tensor cannot be stored.
@@ -63,7 +63,12 @@ def embed(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             total_tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         )
     )
-    return tensors, {METADATA_KEY: json.dumps(manifest.model_dump(mode="json"))}
+    return tensors, manifest
+
+
+def metadata_of(manifest: Manifest) -> dict[str, str]:
+    """The manifest as metadata of the weight files."""
+    return {METADATA_KEY: json.dumps(manifest.model_dump(mode="json"))}
 
 
 def embedded_manifest(root: Path) -> Manifest | None:

@@ -15,7 +15,8 @@ from ptq.checkpoint.foreign_files import ForeignFiles
 from ptq.checkpoint.from_config import generation_config, load_config, model_of
 from ptq.checkpoint.manifest import GENERATION_CONFIG
 from ptq.checkpoint.native_read import assign
-from ptq.checkpoint.shard import Stored, dtype_name, read_tensors
+from ptq.checkpoint.paths import inside
+from ptq.checkpoint.shard import Stored, dtype_name, read_header, read_tensors
 from ptq.config import Scheme
 from ptq.core import QuantizedWeight, join_rows
 from ptq.errors import CheckpointError, PTQError, UnsupportedError
@@ -61,7 +62,8 @@ def empty_model(root: Path) -> PreTrainedModel:
         UnsupportedError: transformers does not have its class.
     """
     config = load_config(root)
-    return model_of(root, config, f"model of the class {config.architectures}")
+    stored = sum(len(read_header(inside(root, p.name))) for p in root.glob("*.safetensors"))
+    return model_of(root, config, f"model of the class {config.architectures}", stored)
 
 
 def plain_linear(name: str, module: nn.Module) -> nn.Linear:

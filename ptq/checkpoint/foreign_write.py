@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptq.checkpoint.atomic import replacing
+from ptq.checkpoint.card import CARD, converted_card
+from ptq.checkpoint.foreign_names import float_linears
 from ptq.checkpoint.fresh import verify_in_fresh_process
 from ptq.checkpoint.shard import Elsewhere, dtype_name
 from ptq.checkpoint.shards import write_shards
@@ -22,8 +24,8 @@ from ptq.checkpoint.written import Verify
 from ptq.core import QuantizedWeight, split_rows
 from ptq.errors import CheckpointError, UnsupportedError
 from ptq.kv_cache import cache_settings
-from ptq.model import Experts, FileNames, is_fused_experts, stands_for, unfolded
-from ptq.modules import QuantLinear, quantized_modules
+from ptq.model import FileNames, is_fused_experts, stands_for, unfolded
+from ptq.modules import QuantEmbedding, QuantLinear, quantized_modules
 
 Values = Callable[[], Tensor]
 Made = Mapping[str, tuple[Tensor, Values]]
@@ -31,7 +33,38 @@ Made = Mapping[str, tuple[Tensor, Values]]
 
 
 @dataclass(frozen=True)
-class ForeignCheckpoint:
+class ForeignFormat:
+    """What a format has of its own in writing it.
+
+    Args:
+        name: one of :data:`~ptq.checkpoint.CONVERSIONS`.
+        conv: what to do with a quantized Conv1D; None: the format's readers load it.
+        held: the layers, if the format can hold each of them.
+        check: whether an engine loads the layers.
+        scale_dtype: what the scales are rounded to, by ``scales`` of the writer.
+        whose: whose dtype that is, and what to do to keep the scales as they are.
+        stored: the tensors of a layer's weight, or of rows of it.
+        config: ``quantization_config``, of layers and what files call them or their parts.
+        read: reads what was written.
+        to_know: what a user has to know about the layers, in words.
+    """
+
+    name: str
+    conv: str | None
+    held: Callable[[Mapping[str, QuantLinear | QuantEmbedding]], dict[str, QuantLinear]]
+    check: Callable[[PreTrainedModel, Mapping[str, QuantLinear], str], None]
+    scale_dtype: Callable[[PreTrainedModel, Mapping[str, QuantLinear], str], torch.dtype | None]
+    whose: tuple[str, str]
+    stored: Callable[[QuantLinear, QuantizedWeight, torch.dtype | None], Made]
+    config: Callable[
+        [PreTrainedModel, Mapping[str, QuantLinear], Mapping[str, tuple[str, ...]]], dict[str, Any]
+    ]
+    read: Callable[[Path], nn.Module]
+    to_know: Callable[[Mapping[str, QuantLinear]], list[str]] = lambda layers: []
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
     """A model as a format stores it.
 
     Args:
@@ -50,39 +83,8 @@ class ForeignCheckpoint:
     scale_dtype: torch.dtype | None
 
 
-def as_transformers_model(
-    model: nn.Module, format_name: str, remedy_for_conv: str | None
-) -> PreTrainedModel:
-    """The model, which is one of transformers and has quantized layers.
-
-    Args:
-        remedy_for_conv: what to do with a quantized Conv1D; None: the format's readers load it.
-
-    Raises:
-        UnsupportedError: it is none of transformers, or a layer is of a kind that the format's
-            readers do not expect; it is named.
-        CheckpointError: nothing in it is quantized.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedError(
-            f"{type(model).__name__} is no transformers model, which {format_name} needs; "
-            "save it with ptq.save"
-        )
-    modules = quantized_modules(model)
-    if not modules:
-        raise CheckpointError(f"nothing in this {type(model).__name__} is quantized")
-    for name, module in modules.items():
-        origin = stands_for(module)
-        if origin is not None and remedy_for_conv is not None:
-            raise UnsupportedError(
-                f"layer {name} is {type(origin).__name__} in the float model, which readers of "
-                f"{format_name} leave as it is; {remedy_for_conv}"
-            )
-    return model
-
-
 @contextmanager
-def as_in_files(model: nn.Module) -> Iterator[None]:
+def _as_in_files(model: nn.Module) -> Iterator[None]:
     """Within it, float experts that files have apart are apart in the model as well."""
     names = FileNames(model)
     fused = [name for name, module in model.named_modules() if is_fused_experts(module)]
@@ -90,7 +92,7 @@ def as_in_files(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def parts_in_files(model: nn.Module, layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def _parts_in_files(model: nn.Module, layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """What files call these linear layers, or their parts.
 
     Raises:
@@ -100,7 +102,7 @@ def parts_in_files(model: nn.Module, layers: Iterable[str]) -> dict[str, tuple[s
     return {name: names.parts(name) for name in layers}
 
 
-def stored_parts(
+def _stored_parts(
     layers: Mapping[str, QuantLinear],
     parts: Mapping[str, tuple[str, ...]],
     make: Callable[[QuantLinear, QuantizedWeight], Made],
@@ -115,7 +117,7 @@ def stored_parts(
     }
 
 
-def left_out(model: nn.Module) -> list[str]:
+def _left_out(model: nn.Module) -> list[str]:
     """What only ptq's own format holds, in words."""
     if cache_settings(model) is None:
         return []
@@ -130,40 +132,7 @@ def lazily(weight: QuantizedWeight, values: Callable[[QuantizedWeight], dict[str
     return {name: (shapes[name]().to("meta"), value) for name, value in values(weight).items()}
 
 
-def float_linears(model: nn.Module) -> list[str]:
-    """The names of the linear layers that stay float."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-
-
-def kept_float(model: nn.Module) -> list[str]:
-    """All names, in the model and in files, of linear layers that stay float.
-
-    The routers of mixtures are among them, which are linear layers in vLLM.
-    """
-    names = FileNames(model)
-    kept = [n for name in float_linears(model) for n in all_names(names, name)]
-    for name, module in model.named_modules():
-        if any(isinstance(m, Experts) or is_fused_experts(m) for m in module.children()):
-            routers = (f"{name}.{leaf}" for leaf, m in module.named_children() if _is_matrix(m))
-            kept += [n for router in routers for n in all_names(names, router)]
-    return list(dict.fromkeys(kept))
-
-
-def all_names(names: FileNames, layer: str) -> list[str]:
-    """What a layer, or each of its parts, may be called in another toolkit's config."""
-    parts = names.parts(layer)
-    own = [layer] if len(parts) == 1 else []
-    return list(dict.fromkeys([*own, *parts, *names.usual_parts(layer)]))
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    """Whether it multiplies with a weight of its own, and is no linear layer."""
-    weight = getattr(module, "weight", None)
-    own = isinstance(weight, nn.Parameter) and weight.dim() == 2
-    return own and not isinstance(module, nn.Linear | nn.Embedding | QuantLinear)
-
-
-def rounded_scales(
+def _rounded_scales(
     layers: Mapping[str, QuantLinear], dtype: torch.dtype | None, why: str, remedy: str
 ) -> list[str]:
     """What storing the scales in another dtype changes, in words.
@@ -198,44 +167,95 @@ def rounded_scales(
 
 
 def write_foreign(
-    checkpoint: ForeignCheckpoint,
+    form: ForeignFormat,
+    model: nn.Module,
     directory: str | Path,
-    read: Callable[[Path], nn.Module],
     *,
+    engine: str,
+    scales: str,
     tokenizer: Any,
     shard_bytes: int,
     carried: Mapping[str, Path] | None,
-    verify: Verify = "files",
-) -> None:
-    """Write the directory, read it back with ``read`` and compare, and only then let it appear.
+    verify: Verify,
+) -> list[str]:
+    """Write a model in a format of another toolkit, read it back and compare; only then it appears.
+
+    Returns:
+        What was changed, and what to know, in words.
 
     Raises:
-        CheckpointError: the directory cannot be used, the disk is full, or what was written reads
-            back as something else.
+        UnsupportedError: a layer cannot be held or loaded; it is named, with the remedy.
+        CheckpointError: nothing is quantized, the directory cannot be used, the disk is full, or
+            what was written reads back as something else.
     """
-    tensors, elsewhere = _tensors(checkpoint)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    target = check_target(directory, False, total)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target, False) as tmp:
-            write_configs(checkpoint.model, tmp, checkpoint.config)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(tmp))
-            copy_files(carried or {}, tmp)
-            write_shards(tensors, tmp, shard_bytes, total, elsewhere)
-            loaded = read(tmp)
-            _check_read_back(checkpoint, loaded)
-            if verify == "process":
-                verify_in_fresh_process(tmp, loaded)
-    except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint {target} ({total / 1e6:,.0f} MB) could not be written: {error}; "
-            "free some space, or choose another directory"
-        ) from error
+    model = _transformers_model(model, form.name, form.conv)
+    layers = form.held(quantized_modules(model))
+    with _as_in_files(model):
+        parts = _parts_in_files(model, layers)
+        form.check(model, layers, engine)
+        dtype = form.scale_dtype(model, layers, scales)
+        rounded = _rounded_scales(layers, dtype, *form.whose)
+        stored = _stored_parts(layers, parts, lambda layer, w: form.stored(layer, w, dtype))
+        config = form.config(model, layers, parts)
+        checkpoint = _Checkpoint(model, layers, parts, stored, config, dtype)
+        tensors, elsewhere = _tensors(checkpoint)
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        target = check_target(directory, False, total)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target, False) as tmp:
+                write_configs(model, tmp, config)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(str(tmp))
+                copy_files(carried or {}, tmp)
+                write_shards(tensors, tmp, shard_bytes, total, elsewhere)
+                loaded = form.read(tmp)
+                _check_read_back(checkpoint, loaded)
+                if not (tmp / CARD).exists():
+                    card = converted_card(model, loaded, form.name, engine, rounded)
+                    (tmp / CARD).write_text(card, encoding="utf-8")
+                if verify == "process":
+                    verify_in_fresh_process(tmp, loaded)
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint {target} ({total / 1e6:,.0f} MB) could not be written: {error}; "
+                "free some space, or choose another directory"
+            ) from error
+    return [*rounded, *form.to_know(layers), *_left_out(model)]
 
 
-def _tensors(checkpoint: ForeignCheckpoint) -> tuple[dict[str, Tensor], Elsewhere]:
+def _transformers_model(
+    model: nn.Module, format_name: str, remedy_for_conv: str | None
+) -> PreTrainedModel:
+    """The model, which is one of transformers and has quantized layers.
+
+    Args:
+        remedy_for_conv: what to do with a quantized Conv1D; None: the format's readers load it.
+
+    Raises:
+        UnsupportedError: it is none of transformers, or a layer is of a kind that the format's
+            readers do not expect; it is named.
+        CheckpointError: nothing in it is quantized.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(
+            f"{type(model).__name__} is no transformers model, which {format_name} needs; "
+            "save it with ptq.save"
+        )
+    modules = quantized_modules(model)
+    if not modules:
+        raise CheckpointError(f"nothing in this {type(model).__name__} is quantized")
+    for name, module in modules.items():
+        origin = stands_for(module)
+        if origin is not None and remedy_for_conv is not None:
+            raise UnsupportedError(
+                f"layer {name} is {type(origin).__name__} in the float model, which readers of "
+                f"{format_name} leave as it is; {remedy_for_conv}"
+            )
+    return model
+
+
+def _tensors(checkpoint: _Checkpoint) -> tuple[dict[str, Tensor], Elsewhere]:
     """All tensors by their names in the file; those of the layers on the meta device, and what
     makes their values."""
     layers, model = checkpoint.layers, checkpoint.model
@@ -265,7 +285,7 @@ def _tensors(checkpoint: ForeignCheckpoint) -> tuple[dict[str, Tensor], Elsewher
     return tensors, elsewhere
 
 
-def _check_read_back(checkpoint: ForeignCheckpoint, loaded: nn.Module) -> None:
+def _check_read_back(checkpoint: _Checkpoint, loaded: nn.Module) -> None:
     """Whether every layer has the codes and zero points that it had, and the scales as stored."""
     layers, dtype = checkpoint.layers, checkpoint.scale_dtype
     found = quantized_modules(loaded)

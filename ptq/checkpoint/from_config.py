@@ -20,7 +20,6 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from ptq.checkpoint.json_file import read_json
 from ptq.checkpoint.manifest import CONFIG, GENERATION_CONFIG
 from ptq.checkpoint.paths import inside
-from ptq.checkpoint.shard import read_header
 from ptq.errors import CheckpointError, ModelError, UnsupportedError
 from ptq.model import named_class, skeleton
 
@@ -74,11 +73,12 @@ def generation_config(root: Path) -> GenerationConfig:
         raise CheckpointError(f"{path} cannot be used: {first_line(error)}") from None
 
 
-def model_of(root: Path, config: PretrainedConfig, name: str) -> PreTrainedModel:
+def model_of(root: Path, config: PretrainedConfig, name: str, stored: int) -> PreTrainedModel:
     """The model of a config, of the class ``config.architectures`` names, on the meta device.
 
     Args:
         name: what the directory holds, for the error.
+        stored: the number of tensors in the weight files.
 
     Raises:
         UnsupportedError: transformers does not have the class.
@@ -90,7 +90,6 @@ def model_of(root: Path, config: PretrainedConfig, name: str) -> PreTrainedModel
             "ptq does not run code that comes with a model (trust_remote_code): build it and pass "
             "it: ptq.load(directory, model=...)"
         )
-    stored = sum(len(read_header(inside(root, p.name))) for p in root.glob("*.safetensors"))
     try:
         with _at_most(2 * stored + _FEW, root):
             return skeleton(config)

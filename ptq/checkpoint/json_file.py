@@ -5,9 +5,9 @@ is nested deeper, or larger, than any description of a model: parsing it would t
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ MAX_BYTES = 100_000_000
 """Of a JSON text; the limit that safetensors sets to its headers."""
 _MAX_VALUES = 10_000_000
 _DEPTH = 100
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""What half of a pair is written as; UTF-8 has none."""
 
 
 def parsed(text: str) -> Any:
@@ -34,16 +36,15 @@ def parsed(text: str) -> Any:
         depth += 1
         if depth > _DEPTH:
             raise ValueError(f"nested more than {_DEPTH} deep")
-        for one in level:
-            if isinstance(one, str):
-                one.encode()
-        level = [inner for one in level for inner in _inside(one)]
+        level = [i for one in level for i in _inside(one) if isinstance(i, dict | list)]
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
 def _inside(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
-        return chain(value.keys(), value.values())
+        return value.values()
     return value if isinstance(value, list) else ()
 
 

@@ -84,6 +84,11 @@ class Manifest(Entry):
     manifest_sha256: str = ""
 
     @property
+    def identity(self) -> str:
+        """:func:`identity` of the model."""
+        return identity(self.layers, {key: entry.sha256 for key, entry in self.tensors.items()})
+
+    @property
     def shards(self) -> tuple[str, ...]:
         """The file names of the shards, sorted."""
         return tuple(sorted({entry.shard for entry in self.tensors.values()}))
@@ -103,6 +108,13 @@ def canonical_sha256(data: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in data.items() if key != "manifest_sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity(layers: Mapping[str, LayerEntry], tensors: Mapping[str, str]) -> str:
+    """A hash by which two quantized models are the same: of the layers, with their schemes, and of
+    the SHA-256 of each tensor, by name."""
+    kinds = {name: entry.model_dump(mode="json") for name, entry in layers.items()}
+    return canonical_sha256({"layers": kinds, "tensors": dict(tensors)})
 
 
 def seal(manifest: Manifest) -> Manifest:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptq.checkpoint.ahead import Ahead
 from ptq.checkpoint.atomic import recover
 from ptq.checkpoint.contents import check_file, check_tensor, checked_header
 from ptq.checkpoint.declare import declare_quantized
@@ -15,7 +16,7 @@ from ptq.checkpoint.foreign import quantization_of
 from ptq.checkpoint.from_config import generation_config, load_config, model_of
 from ptq.checkpoint.manifest import CONFIG, GENERATION_CONFIG, INDEX, Manifest
 from ptq.checkpoint.manifest_read import check_index, read_manifest
-from ptq.checkpoint.shard import Stored, read_tensors
+from ptq.checkpoint.shard import Stored, read_tensor
 from ptq.checkpoint.slots import check_fit, empty_layers, slots
 from ptq.checkpoint.values import check_computed_size, check_layers
 from ptq.errors import CheckpointError, UnsupportedError
@@ -41,13 +42,22 @@ def load(
             check_file(root, name, manifest)
     headers = {shard: checked_header(root, shard, manifest) for shard in manifest.shards}
     cache = read_cache(quantization_of(root), root / CONFIG)
-    model = _empty_model(root, manifest) if model is None else model
-    with unfolded(model, manifest.layers):
-        layers = empty_layers(model, manifest.layers)
-        check_fit(slots(model, layers), manifest)
-        check_computed_size(model, root, manifest.total_tensor_bytes)
-        tensors = _read(root, manifest, headers, device, verify)
-        replace_modules(model, layers)
+    files = {root / shard: header for shard, header in headers.items()}
+
+    def read(descriptor: int, path: Path, key: str, stored: Stored) -> Tensor:
+        tensor = read_tensor(descriptor, path, key, stored)
+        if verify:
+            check_tensor(root, key, tensor, manifest)
+        return tensor.to(device)
+
+    with Ahead(read, files) as ahead:
+        model = _empty_model(root, manifest) if model is None else model
+        with unfolded(model, manifest.layers):
+            layers = empty_layers(model, manifest.layers)
+            check_fit(slots(model, layers), manifest)
+            check_computed_size(model, root, manifest.total_tensor_bytes)
+            tensors = ahead.results()
+            replace_modules(model, layers)
     share_inputs(model)
     assign(model, tensors, manifest.aliases)
     check_layers(layers)
@@ -102,23 +112,7 @@ def _empty_model(root: Path, manifest: Manifest) -> PreTrainedModel:
     builtin = manifest.model_class.startswith("transformers.")
     if not builtin or config.architectures != [name]:
         config.architectures = None
-    return model_of(root, config, manifest.model_class)
-
-
-def _read(
-    root: Path,
-    manifest: Manifest,
-    headers: Mapping[str, Mapping[str, Stored]],
-    device: torch.device,
-    verify: bool,
-) -> dict[str, Tensor]:
-    tensors = {}
-    for shard, header in headers.items():
-        for key, tensor in read_tensors(root / shard, header):
-            if verify:
-                check_tensor(root, key, tensor, manifest)
-            tensors[key] = tensor.to(device)
-    return tensors
+    return model_of(root, config, manifest.model_class, len(manifest.tensors))
 
 
 def assign(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ptq.checkpoint.account import layer_entries, versions
 from ptq.checkpoint.atomic import replacing
-from ptq.checkpoint.card import with_card
+from ptq.checkpoint.card import CARD, card_of
 from ptq.checkpoint.description import describe
 from ptq.checkpoint.manifest import (
     FORMAT_VERSION,
     Manifest,
     class_name,
+    identity,
     seal,
     write_manifest,
 )
@@ -84,11 +86,12 @@ def save(
         with replacing(target, overwrite) as tmp:
             schemes = {name: entry.scheme for name, entry in layers.items()}
             section = describe(schemes, aliases, cache_settings(model))
-            extra = dict(extra_files or {})
-            if card:
-                extra = with_card(model, config, extra, carried or {})
-            write_side_files(model, tmp, section, tokenizer, extra, carried or {})
+            write_side_files(model, tmp, section, tokenizer, extra_files or {}, carried or {})
             entries = write_shards(tensors, tmp, shard_bytes, total, elsewhere, hashed=True)
+            if card and isinstance(model, PreTrainedModel) and not (tmp / CARD).exists():
+                hashes = {key: entry.sha256 for key, entry in entries.items()}
+                text = card_of(model, config, identity(layers, hashes))
+                (tmp / CARD).write_text(text, encoding="utf-8")
             manifest = seal(
                 Manifest(
                     format_version=FORMAT_VERSION,

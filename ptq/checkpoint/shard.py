@@ -149,8 +149,17 @@ def read_header(path: Path) -> dict[str, Stored]:
     Raises:
         CheckpointError: the file is missing, cut off, or is not safetensors.
     """
+    return read_whole_header(path)[0]
+
+
+def read_whole_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """:func:`read_header`, and what the header says besides.
+
+    Raises:
+        CheckpointError: the file is missing, cut off, or is not safetensors.
+    """
     header, start = _whole_header(path)
-    header.pop("__metadata__", None)
+    metadata: dict[str, str] = header.pop("__metadata__", {})
     for key, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"tensor {key} in {path} has the unknown dtype {entry['dtype']}")
@@ -158,7 +167,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         key: Stored(DTYPES[entry["dtype"]], tuple(entry["shape"]), start + entry["data_offsets"][0])
         for key, entry in header.items()
     }
-    return dict(sorted(stored.items(), key=lambda item: item[1].start))
+    return dict(sorted(stored.items(), key=lambda item: item[1].start)), metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -270,14 +279,28 @@ def read_tensors(path: Path, header: Mapping[str, Stored]) -> Iterator[tuple[str
     try:
         with path.open("rb") as file:
             for key, stored in header.items():
-                flat = _allocated(key, stored)
-                view = raw_bytes(flat)
-                file.seek(stored.start)
-                if file.readinto(view) != len(view):
-                    raise CheckpointError(f"shard {path} is cut off within tensor {key}")
-                yield key, flat.reshape(stored.shape)
+                yield key, read_tensor(file.fileno(), path, key, stored)
     except OSError as error:
         raise CheckpointError(f"shard {path} cannot be read: {error}") from None
+
+
+def read_tensor(descriptor: int, path: Path, key: str, stored: Stored) -> Tensor:
+    """A tensor of the open file, in CPU memory of its own; threads may share the file.
+
+    Raises:
+        CheckpointError: the file ends early or cannot be read.
+    """
+    flat = _allocated(key, stored)
+    view, place = raw_bytes(flat), stored.start
+    try:
+        while view:
+            count = os.preadv(descriptor, [view], place)
+            if count == 0:
+                raise CheckpointError(f"shard {path} is cut off within tensor {key}")
+            view, place = view[count:], place + count
+    except OSError as error:
+        raise CheckpointError(f"shard {path} cannot be read: {error}") from None
+    return flat.reshape(stored.shape)
 
 
 def _allocated(key: str, stored: Stored) -> Tensor:

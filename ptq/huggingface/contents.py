@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import dot_natural_key
 
-from ptq.checkpoint.shard import Stored, dtype_name, read_header
+from ptq.checkpoint.shard import Stored, dtype_name, read_whole_header
 from ptq.errors import CheckpointError
 from ptq.model import names_in_model
 
@@ -21,11 +21,15 @@ class Contents:
 
     Args:
         files: by tensor, the file that holds it.
+        headers: the tensors of each file.
+        metadata: what the header of each file says besides.
     """
 
     root: Path
     tensors: Mapping[str, Stored]
     files: Mapping[str, Path]
+    headers: Mapping[Path, Mapping[str, Stored]]
+    metadata: Mapping[Path, Mapping[str, str]]
 
     def __str__(self) -> str:
         files = set(self.files.values())
@@ -82,12 +86,16 @@ def read_contents(files: Sequence[str]) -> Contents:
         )
     tensors: dict[str, Stored] = {}
     places: dict[str, Path] = {}
-    for path in map(Path, files):
-        for key, stored in read_header(path).items():
+    read = {path: read_whole_header(path) for path in map(Path, files)}
+    for path, (header, _) in read.items():
+        for key, stored in header.items():
             if key in tensors:
                 raise CheckpointError(
                     f"{path}: tensor {key} is in {places[key].name} as well; copy the whole "
                     "checkpoint again"
                 )
             tensors[key], places[key] = stored, path
-    return Contents(root, tensors, places)
+    headers = {path: header for path, (header, _) in read.items()}
+    return Contents(
+        root, tensors, places, headers, {path: found for path, (_, found) in read.items()}
+    )

@@ -1,60 +1,60 @@
-"""The tensors of weight files against the hashes in their headers."""
+"""The tensors of weight files against the hashes in their headers, in threads."""
 
 import hashlib
 import math
 import mmap
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ptq.checkpoint.ahead import Ahead
+from ptq.checkpoint.contents import check_hash
 from ptq.checkpoint.embedded import METADATA_KEY
 from ptq.checkpoint.json_file import json_object
-from ptq.checkpoint.shard import HASHES_KEY, Stored, read_header, read_metadata
+from ptq.checkpoint.shard import HASHES_KEY, Stored
 from ptq.errors import CheckpointError
 
-_THREADS = 4  # that hash; more would wait for the disk
 
+def hash_check(
+    files: Mapping[Path, Mapping[str, Stored]], metadata: Mapping[Path, Mapping[str, str]]
+) -> Ahead[None]:
+    """Compares every tensor with its hash, of the files that have hashes; ``results`` raises
+    ``CheckpointError`` for one that is damaged or has no hash.
 
-def check_hashes(path: Path) -> None:
-    """Compare every tensor of a file with its hash, if the file has hashes.
+    A tensor is mapped while it is hashed, not read into memory of its own, and comes from the disk
+    once for this and for the load that follows.
 
-    The file is mapped, not read into memory of its own, and comes from the disk once for this and
-    for the load that follows.
-
-    Raises:
-        CheckpointError: a tensor is damaged, or has no hash; it is named.
+    Args:
+        files: the tensors of each file.
+        metadata: what its header says besides.
     """
-    hashes = _hashes(path)
-    if hashes is None:
-        return
-    header = read_header(path)
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-        memoryview(mapped) as data,
-        ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool,
-    ):
-        for key, found in zip(
-            header, pool.map(partial(_sha256, data), header.values()), strict=True
-        ):
-            if hashes.get(key) != found:
-                raise CheckpointError(
-                    f"tensor {key} in {path} is damaged: its bytes are not those that were "
-                    "written; copy the file again"
-                )
+    hashes = {path: _hashes(path, metadata[path]) for path in files}
+
+    def check(descriptor: int, path: Path, key: str, stored: Stored) -> None:
+        wanted = hashes[path]
+        assert wanted is not None
+        check_hash(path, key, _sha256(descriptor, stored), wanted.get(key))
+
+    return Ahead(check, {path: files[path] for path in files if hashes[path] is not None})
 
 
-def _sha256(data: memoryview, stored: Stored) -> str:
+def _sha256(descriptor: int, stored: Stored) -> str:
     size = math.prod(stored.shape) * stored.dtype.itemsize
-    with data[stored.start : stored.start + size] as part:
+    if size == 0:
+        return hashlib.sha256().hexdigest()
+    skipped = stored.start % mmap.ALLOCATIONGRANULARITY
+    with (
+        mmap.mmap(
+            descriptor, skipped + size, access=mmap.ACCESS_READ, offset=stored.start - skipped
+        ) as mapped,
+        memoryview(mapped) as data,
+        data[skipped:] as part,
+    ):
         return hashlib.sha256(part).hexdigest()
 
 
-def _hashes(path: Path) -> dict[str, Any] | None:
+def _hashes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """What ptq.save, or save_pretrained with ptq, wrote into the header; None if neither did."""
-    metadata = read_metadata(path)
     if HASHES_KEY in metadata:
         return json_object(metadata[HASHES_KEY], path)
     if METADATA_KEY not in metadata:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptq.checkpoint.ahead import Ahead
 from ptq.checkpoint.description import Description, read_description
 from ptq.checkpoint.json_file import read_json
 from ptq.checkpoint.manifest import CONFIG, INDEX
@@ -17,7 +19,7 @@ from ptq.checkpoint.values import check_layers
 from ptq.config import KVCacheConfig
 from ptq.errors import CheckpointError
 from ptq.huggingface.contents import Contents, read_contents
-from ptq.huggingface.hashes import check_hashes
+from ptq.huggingface.hashes import hash_check
 from ptq.huggingface.naming import as_saved, name_in
 from ptq.kernels import aligned
 from ptq.kv_cache import attach_cache
@@ -37,12 +39,14 @@ class Prepared:
         shared: names of tensors of quantized modules that were taken out of the model, each with
             the name of the tensor that it is.
         kv_cache: how ``model.generate`` keeps keys and values, None for float.
+        hashes: compares the tensors of the files with their hashes, meanwhile.
     """
 
     layers: Mapping[str, Quantized]
     exact: frozenset[str]
     shared: Mapping[str, str]
     kv_cache: KVCacheConfig | None
+    hashes: Ahead[None]
 
 
 def prepare(model: PreTrainedModel, section: Mapping[str, Any], files: Sequence[str]) -> Prepared:
@@ -54,26 +58,28 @@ def prepare(model: PreTrainedModel, section: Mapping[str, Any], files: Sequence[
 
     Raises:
         CheckpointError: the section is damaged or of another model, or a tensor is missing, or not
-            of its shape and dtype, or does not have the hash that its file gives.
+            of its shape and dtype.
     """
     contents = read_contents(files)
     path = contents.root / CONFIG
     _check_directory(model, contents.root)
     description = read_description(section, path)
-    saved = as_saved(model)
-    unfold(saved)
-    with unfolded(model):
-        layers = _empty_layers(model, saved, description, path)
-        replace_modules(model, layers)
-    share_inputs(model)
-    exact = frozenset(
-        f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_buffers()
-    )
-    shared = _tie(model, layers, description.aliases, path)
-    _check(model, saved, contents, exact)
-    for file in sorted(set(contents.files.values())):
-        check_hashes(file)
-    return Prepared(layers, exact, shared, description.kv_cache)
+    with ExitStack() as stack:
+        hashes = stack.enter_context(hash_check(contents.headers, contents.metadata))
+        saved = as_saved(model)
+        unfold(saved)
+        with unfolded(model):
+            layers = _empty_layers(model, saved, description, path)
+            replace_modules(model, layers)
+        share_inputs(model)
+        exact = frozenset(
+            f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_buffers()
+        )
+        shared = _tie(model, layers, description.aliases, path)
+        _check(model, saved, contents, exact)
+        hashes.begin_rest()
+        stack.pop_all()  # they go on while transformers loads
+    return Prepared(layers, exact, shared, description.kv_cache, hashes)
 
 
 def _check_directory(model: PreTrainedModel, root: Path) -> None:
@@ -96,7 +102,13 @@ def _check_directory(model: PreTrainedModel, root: Path) -> None:
 
 
 def finish(model: PreTrainedModel, prepared: Prepared) -> None:
-    """Give the quantized layers what they share, and freeze them, once the tensors are loaded."""
+    """Give the quantized layers what they share, and freeze them, once the tensors are loaded.
+
+    Raises:
+        CheckpointError: a tensor does not have the hash that its file gives, or makes no sense.
+    """
+    with prepared.hashes:
+        prepared.hashes.results()
     for layer in prepared.layers.values():
         for name, tensor in layer.named_buffers():
             layer._buffers[name] = aligned(tensor, 64)  # else a kernel copies it and both stay

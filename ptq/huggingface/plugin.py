@@ -77,12 +77,16 @@ class PtqHfQuantizer(HfQuantizer):
         self._prepared = None
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], Any]:
-        """What ``save_pretrained`` writes into the weight files."""
-        from ptq.checkpoint import declare_quantized, embed
+        """What ``save_pretrained`` writes into the weight files; ``push_to_hub`` uploads them."""
+        from ptq.checkpoint import card_of, declare_quantized, embed, metadata_of
+        from ptq.huggingface.pushing import CardOnUpload
 
         declare_quantized(model)  # config.json is written next: with the layers as they are now
         model._weight_conversions = []  # the files have the names of state_dict()
-        return embed(model)
+        tensors, manifest = embed(model)
+        card = card_of(model, identity=manifest.identity)
+        model._upload_modified_files = CardOnUpload(card, type(model).__name__)
+        return tensors, metadata_of(manifest)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
         from ptq.swap import dequantize

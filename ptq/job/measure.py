@@ -50,7 +50,8 @@ def measure_quantized(job: Job, model: nn.Module, reference: ReferenceLogits) ->
         _measure_cache(job, model, job.evaluation, reference)
     _sample(job, model, "quantized")
     if isinstance(model, PreTrainedModel):
-        job.card = checkpoint.card_text(model, job.config, job.report.sections)
+        whose = job.report.sections["checkpoint"]["identity"]
+        job.card = checkpoint.card_text(model, job.config, job.report.sections, identity=whose)
 
 
 def _record_inputs(job: Job, model: nn.Module, when: str) -> None:

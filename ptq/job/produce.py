@@ -93,6 +93,7 @@ def save_checkpoint(job: Job, model: nn.Module) -> None:
         "tensor_bytes": manifest.total_tensor_bytes,
         "weight_file_bytes": weights,
         "manifest_sha256": manifest.manifest_sha256,
+        "identity": manifest.identity,
         "verify": job.output.verify,
         "bit_equal": verified[0],
     }

@@ -13,28 +13,18 @@ from ptq.checkpoint.compressed_tensors.groups import layout_for, quantization_co
 from ptq.checkpoint.compressed_tensors.layer import stored_tensors
 from ptq.checkpoint.compressed_tensors.limits import check_format, check_transformers
 from ptq.checkpoint.compressed_tensors.read import read
-from ptq.checkpoint.foreign_write import (
-    ForeignCheckpoint,
-    all_names,
-    as_in_files,
-    as_transformers_model,
-    kept_float,
-    left_out,
-    parts_in_files,
-    rounded_scales,
-    stored_parts,
-    write_foreign,
-)
+from ptq.checkpoint.foreign_names import all_names, kept_float
+from ptq.checkpoint.foreign_write import ForeignFormat, Made, write_foreign
 from ptq.checkpoint.vllm import Loads, check_vllm
 from ptq.checkpoint.written import Verify
 from ptq.config import Scheme
+from ptq.core import QuantizedWeight
 from ptq.model import FileNames
-from ptq.modules import QuantLinear, quantized_modules
+from ptq.modules import QuantLinear
 
 Engine = Literal["vllm", "transformers"]
 Scales = Literal["model", "keep"]
 _VLLM = Loads(symmetric=(4, 8), asymmetric=(4,), int8=True, tiles=True)
-_CONV = "choose --format gptq (weights alone), or keep the ptq format"
 
 
 def write(
@@ -69,30 +59,36 @@ def write(
         CheckpointError: nothing is quantized, the directory cannot be used, the disk is full, or
             what was written reads back as something else.
     """
-    model = as_transformers_model(model, "compressed-tensors", _CONV)
-    layers = check_format(quantized_modules(model))
-    with as_in_files(model):
-        parts = parts_in_files(model, layers)
-        if engine == "vllm":
-            check_vllm(model, layers, _VLLM)
-        else:
-            check_transformers(model, layers)
-        dtype = _model_dtype(model) if scales == "model" else None
-        notes = rounded_scales(layers, dtype, "the model's dtype", "--scales keep")
-        stored = stored_parts(
-            layers, parts, lambda layer, w: stored_tensors(w, layout_for(layer.scheme), dtype)
-        )
-        config = quantization_config(_targets(model, layers), kept_float(model))
-        write_foreign(
-            ForeignCheckpoint(model, layers, parts, stored, config, dtype),
-            directory,
-            read,
-            tokenizer=tokenizer,
-            shard_bytes=shard_bytes,
-            carried=carried,
-            verify=verify,
-        )
-    return notes + left_out(model)
+    return write_foreign(
+        _FORMAT,
+        model,
+        directory,
+        engine=engine,
+        scales=scales,
+        tokenizer=tokenizer,
+        shard_bytes=shard_bytes,
+        carried=carried,
+        verify=verify,
+    )
+
+
+def _check(model: PreTrainedModel, layers: Mapping[str, QuantLinear], engine: str) -> None:
+    if engine == "vllm":
+        check_vllm(model, layers, _VLLM)
+    else:
+        check_transformers(model, layers)
+
+
+def _stored(layer: QuantLinear, weight: QuantizedWeight, dtype: torch.dtype | None) -> Made:
+    return stored_tensors(weight, layout_for(layer.scheme), dtype)
+
+
+def _config(
+    model: PreTrainedModel,
+    layers: Mapping[str, QuantLinear],
+    _parts: Mapping[str, tuple[str, ...]],
+) -> dict[str, Any]:
+    return quantization_config(_targets(model, layers), kept_float(model))
 
 
 def _targets(model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, Scheme]:
@@ -107,5 +103,23 @@ def _targets(model: nn.Module, layers: Mapping[str, QuantLinear]) -> dict[str, S
     return found
 
 
-def _model_dtype(model: PreTrainedModel) -> torch.dtype:
+def _scale_dtype(
+    model: PreTrainedModel, _layers: Mapping[str, QuantLinear], scales: str
+) -> torch.dtype | None:
+    """The model's dtype, or that which the scales have."""
+    if scales == "keep":
+        return None
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+_FORMAT = ForeignFormat(
+    name="compressed-tensors",
+    conv="choose --format gptq (weights alone), or keep the ptq format",
+    held=check_format,
+    check=_check,
+    scale_dtype=_scale_dtype,
+    whose=("the model's dtype", "--scales keep"),
+    stored=_stored,
+    config=_config,
+    read=read,
+)

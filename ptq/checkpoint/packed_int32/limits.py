@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptq.checkpoint.foreign_write import all_names, kept_float
+from ptq.checkpoint.foreign_names import all_names, kept_float
 from ptq.checkpoint.packed_int32.layouts import fills_words
 from ptq.checkpoint.packed_int32.settings import BITS, LayoutName
 from ptq.checkpoint.vllm import Loads

@@ -2,23 +2,16 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptq.checkpoint.foreign_write import (
-    ForeignCheckpoint,
-    as_in_files,
-    as_transformers_model,
-    kept_float,
-    left_out,
-    parts_in_files,
-    rounded_scales,
-    stored_parts,
-    write_foreign,
-)
+from ptq.checkpoint.foreign_names import kept_float
+from ptq.checkpoint.foreign_write import ForeignFormat, write_foreign
 from ptq.checkpoint.packed_int32.layer import KEPT_DTYPES, SCALE_DTYPE, stored_tensors
 from ptq.checkpoint.packed_int32.limits import (
     VLLM,
@@ -34,7 +27,7 @@ from ptq.checkpoint.shard import dtype_name
 from ptq.checkpoint.vllm import check_vllm
 from ptq.checkpoint.written import Verify
 from ptq.errors import UnsupportedError
-from ptq.modules import QuantLinear, quantized_modules
+from ptq.modules import QuantLinear
 
 LAYOUTS: tuple[LayoutName, ...] = tuple(BITS)
 _ELSEWHERE = "--format compressed-tensors --scales keep"
@@ -73,32 +66,51 @@ def write(
         CheckpointError: nothing is quantized, the directory cannot be used, the disk is full, or
             what was written reads back as something else.
     """
-    conv = "choose --format gptq, or keep the ptq format" if layout == "awq" else None
-    model = as_transformers_model(model, layout, conv)
-    layers = check_format(quantized_modules(model), layout)
-    with as_in_files(model):
-        parts = parts_in_files(model, layers)
-        check_model(model, layers, layout)
-        if engine == "vllm":
-            check_vllm(model, layers, VLLM[method_of_layout(layout)])
-        else:
-            check_transformers(model, layers, layout)
-        if scales == "keep":
-            _check_scales(layers, layout)
-        dtype = SCALE_DTYPE if scales == "model" else None
-        notes = rounded_scales(layers, dtype, "the format's dtype", _ELSEWHERE)
-        stored = stored_parts(layers, parts, lambda _, w: stored_tensors(w, layout, dtype))
-        config = _config(model, layers, parts, layout)
-        write_foreign(
-            ForeignCheckpoint(model, layers, parts, stored, config, dtype),
-            directory,
-            read,
-            tokenizer=tokenizer,
-            shard_bytes=shard_bytes,
-            carried=carried,
-            verify=verify,
-        )
-    return notes + _to_know(layers, layout) + left_out(model)
+    return write_foreign(
+        _format(layout),
+        model,
+        directory,
+        engine=engine,
+        scales=scales,
+        tokenizer=tokenizer,
+        shard_bytes=shard_bytes,
+        carried=carried,
+        verify=verify,
+    )
+
+
+def _format(layout: LayoutName) -> ForeignFormat:
+    return ForeignFormat(
+        name=layout,
+        conv="choose --format gptq, or keep the ptq format" if layout == "awq" else None,
+        held=partial(check_format, layout=layout),
+        check=partial(_check, layout=layout),
+        scale_dtype=partial(_scale_dtype, layout=layout),
+        whose=("the format's dtype", _ELSEWHERE),
+        stored=lambda _, weight, dtype: stored_tensors(weight, layout, dtype),
+        config=partial(_config, layout=layout),
+        read=read,
+        to_know=partial(_to_know, layout=layout),
+    )
+
+
+def _check(
+    model: PreTrainedModel, layers: Mapping[str, QuantLinear], engine: str, *, layout: LayoutName
+) -> None:
+    check_model(model, layers, layout)
+    if engine == "vllm":
+        check_vllm(model, layers, VLLM[method_of_layout(layout)])
+    else:
+        check_transformers(model, layers, layout)
+
+
+def _scale_dtype(
+    _model: PreTrainedModel, layers: Mapping[str, QuantLinear], scales: str, *, layout: LayoutName
+) -> torch.dtype | None:
+    if scales == "keep":
+        _check_scales(layers, layout)
+        return None
+    return SCALE_DTYPE
 
 
 def _check_scales(layers: Mapping[str, QuantLinear], layout: LayoutName) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +278,7 @@ def test_a_checkpoint_that_does_not_read_back_does_not_appear(
         return loaded
 
     writer = importlib.import_module("ptq.checkpoint.compressed_tensors.write")
-    monkeypatch.setattr(writer, "read", damaged)
+    monkeypatch.setattr(writer, "_FORMAT", replace(writer._FORMAT, read=damaged))
     with pytest.raises(CheckpointError, match=rf"tensor {DOWN}\.codes does not read back"):
         write(model, tmp_path / "out", engine="transformers")
     assert list(tmp_path.iterdir()) == []
