@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include "rows.h"
 #include "tiles.h"
@@ -121,6 +122,8 @@ struct Int8Rows {
 // x int8 [M, K] and its scale [M, 1]; W int8 [N, K], its scale [N] and 128 times the sums of its rows.
 Tensor linear_int8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor sums, ScalarType dtype) {
   const int64_t m = x.size(0), k = x.size(1), n = w.size(0);
+  STD_TORCH_CHECK(k % 64 == 0 && w.size(1) == k && x.is_contiguous() && w.is_contiguous(),
+                  "x [M, K] and W [N, K] must be contiguous, K a multiple of 64");
   Tensor y = torch::stable::new_empty(x, {m, n}, dtype);
   const Output out{y.mutable_data_ptr(), dtype == ScalarType::BFloat16, m, n, data<float>(x_scale),
                    data<float>(w_scale), data<int32_t>(sums)};
@@ -302,6 +305,9 @@ void multiply(const Tensor& x, const Tensor& codes, Scales scales, const std::op
 Tensor linear_float(Tensor x, std::optional<Tensor> x_scale, Tensor codes, Tensor scale,
                     std::optional<Tensor> zero_point, ScalarType dtype) {
   const int64_t m = x.size(0), k = x.size(1), n = codes.size(0), groups = scale.size(1);
+  STD_TORCH_CHECK(k % 64 == 0 && (codes.size(1) == k || codes.size(1) * 2 == k) && x.is_contiguous() &&
+                      codes.is_contiguous() && scale.is_contiguous() && scale.size(0) == n,
+                  "x [M, K], codes [N, K] or [N, K / 2] and scales must be contiguous, K a multiple of 64");
   Tensor y = torch::stable::new_empty(x, {m, n}, dtype);
   const bool half = scale.scalar_type() == ScalarType::Half;
   const float* of_rows = groups == 1 && !half ? data<float>(scale) : nullptr;
