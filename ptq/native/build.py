@@ -1,26 +1,14 @@
 """Compiling the kernels: one call of a C++ compiler, a shared library in the user's cache."""
 
-import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
-from functools import cache
 from pathlib import Path
-
-import torch
 
 from ptq.errors import UnsupportedError
 from ptq.native.library import library_loaded, load, processor_reason
-
-SOURCES = Path(__file__).parent
-_ROOT = Path(torch.__file__).parent
-_FLAGS = (
-    "-std=c++20", "-O3", "-shared", "-fPIC", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
-    "-mavx512vnni", "-mavx512bf16", "-mf16c", "-mfma", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    f"-I{_ROOT / 'include'}",
-)  # fmt: skip
-_LINKED = (f"-L{_ROOT / 'lib'}", "-ltorch_cpu")
+from ptq.native.sources import FLAGS, LINKED, SOURCES, library_path
 
 
 def build_kernels() -> Path:
@@ -54,19 +42,6 @@ def find_compiler() -> str | None:
     return next((name for name in names if name and shutil.which(name)), None)
 
 
-def library_path() -> Path:
-    """Where the library of these sources and this torch is, or will be."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ptq" / f"kernels-{_fingerprint()}.so"
-
-
-@cache
-def _fingerprint() -> str:
-    made_of = [torch.__version__, *_FLAGS]
-    made_of += [p.read_text() for p in sorted(SOURCES.glob("*.h")) + sorted(SOURCES.glob("*.cpp"))]
-    return hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-
-
 def _compile(path: Path) -> None:
     """The library appears as a whole: another process may be building it too."""
     compiler = find_compiler()
@@ -77,7 +52,7 @@ def _compile(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        words = [compiler, *_FLAGS, str(SOURCES / "cpu.cpp"), "-o", str(made), *_LINKED]
+        words = [compiler, *FLAGS, str(SOURCES / "cpu.cpp"), "-o", str(made), *LINKED]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
             said = next(

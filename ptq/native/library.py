@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ptq.native.sources import library_path
+
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def native_reason() -> str | None:
@@ -34,8 +36,6 @@ def ready() -> bool:
 @cache
 def library_loaded() -> bool:
     """Load the library if it has been built."""
-    from ptq.native.build import library_path
-
     path = library_path()
     if processor_reason() is not None or not path.exists():
         return False

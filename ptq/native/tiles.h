@@ -171,10 +171,11 @@ void product(const uint32_t* x, int64_t units, uint32_t flip, const Output& out,
   const int64_t stride = units + kLanes;  // not a power of two: rows would share a cache's sets
   const int64_t fitting = kBatchBytes / (kHeight * stride * 4);
   const int64_t batch = kHeight * std::clamp<int64_t>(out.m <= 2 * kLanes ? 1 : fitting, 1, 4);
-  torch::stable::parallel_for(0, ceil_div(out.n, batch), 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, ceil_div(out.n, kHeight), 1, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> rows(batch * stride);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item * batch, last = std::min(first + batch, out.n);
+    const int64_t stop = std::min(end * kHeight, out.n);
+    for (int64_t first = begin * kHeight; first < stop; first += batch) {
+      const int64_t last = std::min(first + batch, stop);
       for (int64_t n = first; n < last; ++n) unpack(n, rows.data() + (n - first) * stride);
       for (int64_t panel = 0; panel < count; panel += 2) {
         const uint32_t* from = panels.data() + panel * units * kLanes;

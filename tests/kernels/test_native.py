@@ -10,12 +10,13 @@ import torch
 
 import ptq
 from ptq.algorithms import round_to_nearest
+from ptq.cli import main
 from ptq.config import ActivationScheme, Scheme, preset
 from ptq.core import QuantizedWeight
 from ptq.errors import UnsupportedError
 from ptq.kernels import Activation, Kernel, LinearSpec, quantize_activation, row_ranges
 from ptq.kernels.cpu_native import NativeFloat, NativeInt8
-from ptq.modules import QuantLinear
+from ptq.modules import QuantLinear, join
 from ptq.native import library
 from tests.kernels.test_conformance import (
     ACTIVATIONS,
@@ -209,3 +210,27 @@ def test_another_processor_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     with pytest.raises(UnsupportedError, match="x86-64"):
         ptq.build_kernels()
+
+
+def test_the_command_says_where_they_are(
+    kernels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build"]) == 0
+    assert str(kernels) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g64", "w8a16", "w8a8"])
+def test_joined_layers_share_one_tensor_of_codes(scheme: str) -> None:
+    made = preset(scheme)
+    layers = tuple(
+        QuantLinear(round_to_nearest(torch.randn(n, 128), made.weights), made) for n in (48, 16)
+    )
+    x = torch.randn(1, 128)
+    before = [layer(x) for layer in layers]
+    assert join(layers, 1, torch.float32)
+    assert len({layer.codes.untyped_storage().data_ptr() for layer in layers}) == 1
+    for layer, y in zip(layers, before, strict=True):
+        assert torch.equal(layer(x), y)
+        assert layer.joint is not None
+        activation = layer._activation(x, x, None if scheme == "w8a8" else torch.float32)
+        assert torch.equal(layer.joint.linear(activation), y)
