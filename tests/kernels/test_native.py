@@ -212,9 +212,7 @@ def test_another_processor_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         ptq.build_kernels()
 
 
-def test_the_command_says_where_they_are(
-    kernels: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_where_they_are(kernels: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build"]) == 0
     assert str(kernels) in capsys.readouterr().out
 
