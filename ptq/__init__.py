@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ptq.mixed_precision import search
     from ptq.model import load_float
     from ptq.modules import QuantEmbedding, QuantLinear
+    from ptq.native import build_kernels
     from ptq.pipeline import quantize, run
     from ptq.planning import plan
     from ptq.report import explain
@@ -66,6 +67,7 @@ _HOME = {
     "QuantizationConfig": "ptq.config",
     "Scheme": "ptq.config",
     "UnsupportedError": "ptq.errors",
+    "build_kernels": "ptq.native",
     "compile": "ptq.compilation",
     "dequantize": "ptq.swap",
     "diagnose": "ptq.diagnosis",
@@ -96,6 +98,7 @@ __all__ = [
     "QuantizedCache",
     "Scheme",
     "UnsupportedError",
+    "build_kernels",
     "compile",
     "dequantize",
     "diagnose",

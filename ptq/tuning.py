@@ -16,6 +16,7 @@ from ptq.compilation import CompiledGenerate
 from ptq.errors import ConfigError, UnsupportedError
 from ptq.kernels import KERNELS, Kernel, LinearSpec, Reference
 from ptq.modules import QuantLinear, quantized_layers
+from ptq.native import ready
 from ptq.report import Times, TunedLayers, Tuning
 from ptq.tuning_cache import TuningCache
 
@@ -77,7 +78,10 @@ def tune(
     found = []
     for spec, scheme in progress(alike):
         members = [layers[name] for name in alike[spec, scheme]]
-        key = f"{spec}, {scheme}, rows {list(rows)}, memory {memory}, seconds {seconds}"
+        key = (
+            f"{spec}, {scheme}, rows {list(rows)}, memory {memory}, seconds {seconds}, "
+            f"own kernels {ready()}"
+        )
         times = None if store is None else store.get(key)
         cached = times is not None and _complete(times, spec, rows)
         if times is None or not cached:

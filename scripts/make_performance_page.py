@@ -156,6 +156,7 @@ Whole forward pass, activation quantization included, bfloat16 activations, cold
 takes the next of enough copies to exceed the last-level cache). The first line of a scheme is the
 kernel that the rule of thumb chooses; `fastest` is the best of all, for `ptq.tune`; in brackets the
 memory of the codes and the kernel's own form of them, as a share of the bfloat16 layer.
+`native_int8` and `native_float` are what `ptq build` compiles; without them torch's ops serve.
 {machine(by_kernel)}, memory read at {by_kernel["bandwidth"]:.1f} GB/s.
 
 ```bash

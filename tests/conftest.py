@@ -34,6 +34,13 @@ def _seeded() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _only_torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether ptq's own kernels have been compiled on this machine decides nothing; tests of them
+    compile them."""
+    monkeypatch.setattr("ptq.native.library.library_loaded", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def _no_fresh_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a fresh process is asked for is done in this one, which takes no seconds to start."""
     if "fresh_process" in request.keywords:

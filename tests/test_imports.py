@@ -12,6 +12,7 @@ import ptq
 PACKAGE = Path(ptq.__file__).parent
 RANKS = {
     "errors": 0, "formats": 0, "presets": 0, "core": 1,
+    "native": 1,
     "config": 2,
     "plugins": 3, "kernels": 4, "observers": 4, "model": 4,
     "modules": 5, "kv_cache": 5,

@@ -21,6 +21,7 @@ COMMANDS = {
     "diagnose": "say which layers cause the damage, by what, and what helps",
     "search": "search a scheme for each layer under a budget, and write the config",
     "report": "draw report.html from the report.json of a run",
+    "build": "compile ptq's own kernels for this processor, once",
     "explain": "say which kernel serves which layer of a checkpoint; measure them",
     "verify": "check every byte of a checkpoint against what was written",
     "convert": "convert a checkpoint to the format of another toolkit, or from it",

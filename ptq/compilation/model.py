@@ -1,8 +1,6 @@
 """torch.compile for whole models: decoding in one graph, over a cache of fixed size."""
 
 import copy
-import os
-import shutil
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from ptq.compilation.step import CompiledStep, bind
 from ptq.errors import ConfigError, UnsupportedError
 from ptq.kv_cache import cache_settings
 from ptq.model import eval_mode, max_positions
+from ptq.native import find_compiler
 
 _DEFAULT_LENGTH = 1024
 _OTHER_CACHES = ("past_key_values", "assistant_model", "prompt_lookup_num_tokens")
@@ -125,8 +124,7 @@ def _compile_generation(model: Any, max_length: int | None, batch_size: int) -> 
 
 def _require_compiler(model: nn.Module) -> None:
     device = next((t.device.type for t in model.parameters()), "cpu")
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    if device == "cpu" and not any(name and shutil.which(name) for name in names):
+    if device == "cpu" and find_compiler() is None:
         raise UnsupportedError(
             "ptq.compile needs a C++ compiler on a CPU: install g++ or clang++, or set CXX"
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ptq.config import ActivationScheme
 from ptq.formats import FORMATS, FloatFormat
+from ptq.native import ready
 
 _CHUNK = 1 << 18  # elements: their float32 values fit a core's cache
 _SMALLEST = torch.finfo(torch.float32).smallest_normal  # a scale
@@ -71,6 +72,8 @@ def quantize_activation(
         codes, scale = by_chunks(lambda part: float_codes(part, fmt), x, dtype)
         return Activation(codes, scale)
     if scheme.mode == "dynamic" and scheme.symmetric:
+        if _in_one_pass(x, dtype):
+            return Activation(*torch.ops.ptq.quantize_rows(x.contiguous(), dtype))
         codes, scale = by_chunks(lambda part: symmetric_codes(part, 127), x, dtype)
         return Activation(codes, scale)
     values = x.float()
@@ -85,6 +88,15 @@ def quantize_activation(
     zero_point = (-128 - low / scale).round_().clamp_(-128, 127).to(torch.int32)
     codes = _codes(values, scale, zero_point).clamp_(-128, 127)
     return Activation(codes.to(dtype), scale, zero_point)
+
+
+def _in_one_pass(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ptq's own op quantizes x, to the same bits; compilers make one pass themselves."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if dtype not in (torch.int8, torch.bfloat16):
+        return False
+    return x.numel() > 0 and not torch.compiler.is_compiling() and ready()
 
 
 def symmetric_codes(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:

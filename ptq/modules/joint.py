@@ -42,7 +42,7 @@ def readers_of_one_tensor(
 
 def join(layers: tuple[QuantLinear, ...], rows: int, dtype: torch.dtype) -> bool:
     """Let the layers be one product of so many rows in compiled graphs, if they quantize alike and
-    one kernel serves each of them and all together. Codes of 8 bits become parts of one tensor."""
+    one kernel serves each of them and all together. Their codes become parts of one tensor."""
     scheme = layers[0].scheme
     if any(layer.scheme != scheme or layer.tied_to for layer in layers):
         return False
@@ -56,8 +56,7 @@ def join(layers: tuple[QuantLinear, ...], rows: int, dtype: torch.dtype) -> bool
     if len(kernels) > 1:
         return False
     kernel = kernels.pop()
-    if weight.format.bits == 8:
-        _become_parts(layers, weight)
+    _become_parts(layers, weight)
     prepared = kernel.prepare(weight, dtype)
     start = 0
     for layer in layers:
@@ -82,7 +81,7 @@ def _below_one_another(layers: tuple[QuantLinear, ...]) -> QuantizedWeight:
 
 
 def _become_parts(layers: tuple[QuantLinear, ...], weight: QuantizedWeight) -> None:
-    """The kernels read 8-bit codes where they are: so that there is no second copy of them."""
+    """Kernels read the codes where they are: so that there is no second copy of them."""
     parts = torch.split(weight.packed, [layer.out_features for layer in layers])
     for layer, part in zip(layers, parts, strict=True):
         layer.release()

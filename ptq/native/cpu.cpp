@@ -1,0 +1,339 @@
+// Quantized linear layers on x86-64 processors with AVX512-VNNI and AVX512-BF16, over the canonical
+// codes: int8 [N, K], or int4 [N, K / 2] with even columns in the low nibbles. K is a multiple of 64.
+
+#include <array>
+#include <bit>
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "rows.h"
+#include "tiles.h"
+
+namespace ptq {
+
+constexpr int64_t kPiece = 64;  // columns that are summed at a time where there are no groups
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+const T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
+inline __m512 widened(__m256i bfloat16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16), 16));
+}
+
+// ---- activations to int8 ----
+
+struct Values {  // a row of float32 or bfloat16
+  const void* row;
+  bool bfloat16;
+
+  __m512 at(int64_t k, __mmask16 mask) const {
+    if (bfloat16)
+      return widened(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(row) + k));
+    return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(row) + k);
+  }
+};
+
+inline __mmask16 up_to(int64_t left) { return left >= kLanes ? 0xffff : (1u << left) - 1; }
+
+float row_scale(const Values& x, int64_t k) {
+  __m512 largest = _mm512_setzero_ps();
+  __mmask16 unordered = 0;
+  for (int64_t i = 0; i < k; i += kLanes) {
+    const __m512 value = x.at(i, up_to(k - i));
+    unordered |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(value));
+  }
+  if (unordered) return __builtin_nanf("");
+  return std::max(_mm512_reduce_max_ps(largest) / 127.0f, 1.17549435e-38f);
+}
+
+// x float32 or bfloat16 [M, K] to codes [M, K], int8 or in bfloat16, and float32 scales [M, 1].
+std::tuple<Tensor, Tensor> quantize_rows(Tensor x, ScalarType dtype) {
+  const int64_t m = x.size(0), k = x.size(1);
+  Tensor codes = torch::stable::new_empty(x, {m, k}, dtype);
+  Tensor scales = torch::stable::new_empty(x, {m, 1}, ScalarType::Float);
+  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  const char* from = data<char>(x);
+  const bool wide = dtype == ScalarType::BFloat16;
+  char* to = static_cast<char*>(codes.mutable_data_ptr());
+  auto* scale = static_cast<float*>(scales.mutable_data_ptr());
+  torch::stable::parallel_for(0, m, std::max<int64_t>(1, (1 << 14) / k), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const Values values{from + row * k * (bfloat16 ? 2 : 4), bfloat16};
+      scale[row] = row_scale(values, k);
+      const __m512 step = _mm512_set1_ps(scale[row]);
+      for (int64_t i = 0; i < k; i += kLanes) {
+        const __mmask16 mask = up_to(k - i);
+        const __m512i code = _mm512_cvtps_epi32(_mm512_div_ps(values.at(i, mask), step));
+        const int64_t at = row * k + i;
+        if (wide)
+          _mm256_mask_storeu_epi16(to + 2 * at, mask,
+                                   reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_cvtepi32_ps(code))));
+        else
+          _mm_mask_storeu_epi8(to + at, mask, _mm512_cvtsepi32_epi8(code));
+      }
+    }
+  });
+  return {codes, scales};
+}
+
+// ---- int8 activations, int8 weights ----
+
+struct Int8Rows {
+  const int8_t *x, *w;
+  int64_t k;
+  const Output& out;
+
+  template <int M>
+  void run(int64_t column, int64_t row) const {
+    const __m512i flip = _mm512_set1_epi8(-128);
+    const int8_t* codes = w + column * k;
+    __m512i sums[M] = {};
+    for (int64_t i = 0; i < k; i += 64) {
+      _mm_prefetch(codes + i + kAhead, _MM_HINT_T0);
+      const __m512i of_w = _mm512_loadu_si512(codes + i);
+      for (int j = 0; j < M; ++j) {
+        const __m512i of_x = _mm512_loadu_si512(x + (row + j) * k + i);
+        sums[j] = Int8Sum::add(sums[j], _mm512_xor_si512(of_x, flip), of_w);
+      }
+    }
+    for (int j = 0; j < M; ++j) {
+      const __m512i sum = _mm512_set1_epi32(_mm512_reduce_add_epi32(sums[j]));
+      const __m512i correction = _mm512_set1_epi32(out.correction[column]);
+      out.store_one(row + j, column, _mm512_cvtss_f32(Int8Sum::value(sum, correction)));
+    }
+  }
+};
+
+// x int8 [M, K] and its scale [M, 1]; W int8 [N, K], its scale [N] and 128 times the sums of its rows.
+Tensor linear_int8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor sums, ScalarType dtype) {
+  const int64_t m = x.size(0), k = x.size(1), n = w.size(0);
+  STD_TORCH_CHECK(k % 64 == 0 && w.size(1) == k && x.is_contiguous() && w.is_contiguous(),
+                  "x [M, K] and W [N, K] must be contiguous, K a multiple of 64");
+  Tensor y = torch::stable::new_empty(x, {m, n}, dtype);
+  const Output out{y.mutable_data_ptr(), dtype == ScalarType::BFloat16, m, n, data<float>(x_scale),
+                   data<float>(w_scale), data<int32_t>(sums)};
+  const int8_t* codes = data<int8_t>(w);
+  if (m <= kFewRows) {
+    by_rows(out, k, Int8Rows{data<int8_t>(x), codes, k, out});
+  } else {
+    product<Int8Sum>(data<uint32_t>(x), k / 4, 0x80808080u, out, [&](int64_t row, uint32_t* to) {
+      std::copy_n(codes + row * k, k, reinterpret_cast<int8_t*>(to));
+    });
+  }
+  return y;
+}
+
+// ---- bfloat16 activations, int4 or int8 weights ----
+
+// Scales of groups; weights with one scale a row are multiplied without, and the product is scaled.
+struct HalfScales {
+  const uint16_t* values;
+  static constexpr bool kOfRows = false;
+  float operator[](int64_t i) const { return _cvtsh_ss(values[i]); }
+};
+
+struct FloatScales {
+  const float* values;
+  static constexpr bool kOfRows = false;
+  float operator[](int64_t i) const { return values[i]; }
+};
+
+struct NoScales {
+  static constexpr bool kOfRows = true;
+  float operator[](int64_t) const { return 1.0f; }
+};
+
+template <class Scales>
+struct Weight {
+  const uint8_t* codes;
+  Scales scales;              // [N, groups]
+  const int8_t* zero_point;   // [N, groups], of rows [N], or null
+  int64_t k, groups;
+
+  int64_t group() const { return k / groups; }
+  int64_t index(int64_t row, int64_t g) const { return Scales::kOfRows ? row : row * groups + g; }
+  int zero(int64_t i) const { return zero_point ? zero_point[i] : 0; }
+};
+
+constexpr std::array<uint16_t, 32> kIntegers = [] {  // -15 to 15 in bfloat16
+  std::array<uint16_t, 32> values{};
+  for (int i = 0; i < 31; ++i) values[i] = std::bit_cast<uint32_t>(static_cast<float>(i - 15)) >> 16;
+  return values;
+}();
+
+// Of each byte the low nibble to the lower half of 32 bits, the high one to the upper half, each
+// exchanged for a value. The lowest five bits of a half choose: four, as the table is there twice.
+inline __m512i looked_up(const uint8_t* from, __m512i table) {
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), table);
+}
+
+// 32 codes minus zero point, as bfloat16, which is exact.
+struct Nibbles {
+  static constexpr int kBytes = 16;  // of 32 codes
+  __m512i table;
+
+  explicit Nibbles(int zero)
+      : table(_mm512_broadcast_i64x4(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kIntegers.data() + 7 - zero)))) {}
+
+  __m512i operator()(const uint8_t* from) const { return looked_up(from, table); }
+};
+
+// The same, times scale.
+struct ScaledNibbles {
+  static constexpr int kBytes = 16;
+  __m512i table;
+
+  ScaledNibbles(int zero, float scale) {
+    const __m512 steps = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+    const __m512 values = _mm512_mul_ps(_mm512_sub_ps(steps, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
+    table = _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+  }
+
+  __m512i operator()(const uint8_t* from) const { return looked_up(from, table); }
+};
+
+inline __m512 sixteen(const uint8_t* from, __m512i zero) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepi8_epi32(codes), zero));
+}
+
+struct Bytes {
+  static constexpr int kBytes = 32;
+  __m512i zero;
+
+  explicit Bytes(int zero_point) : zero(_mm512_set1_epi32(zero_point)) {}
+
+  __m512i operator()(const uint8_t* from) const {
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(sixteen(from + 16, zero), sixteen(from, zero)));
+  }
+};
+
+struct ScaledBytes {
+  static constexpr int kBytes = 32;
+  __m512i zero;
+  __m512 scale;
+
+  ScaledBytes(int zero_point, float step) : zero(_mm512_set1_epi32(zero_point)), scale(_mm512_set1_ps(step)) {}
+
+  __m512i operator()(const uint8_t* from) const {
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(sixteen(from + 16, zero), scale),
+                                                         _mm512_mul_ps(sixteen(from, zero), scale)));
+  }
+};
+
+template <class Codes, class Scales>
+void unpack_row(const Weight<Scales>& weight, int64_t row, uint32_t* to) {
+  const uint8_t* from = weight.codes + row * weight.k / 32 * Codes::kBytes;
+  for (int64_t g = 0; g < weight.groups; ++g) {
+    const int64_t i = weight.index(row, g);
+    const Codes codes(weight.zero(i), weight.scales[i]);
+    for (int64_t k = 0; k < weight.group(); k += 32, to += 16, from += Codes::kBytes) {
+      _mm_prefetch(from + kAhead, _MM_HINT_T0);
+      _mm512_storeu_si512(to, codes(from));
+    }
+  }
+}
+
+template <class Codes, class Scales>
+struct FloatRows {
+  const uint16_t* x;
+  const Weight<Scales>& weight;
+  const Output& out;
+
+  template <int M>
+  void run(int64_t column, int64_t row) const {
+    const uint16_t* lanes = x + row * weight.k;
+    const uint8_t* from = weight.codes + column * weight.k / 32 * Codes::kBytes;
+    __m512 sums[M] = {};
+    for (int64_t g = 0; g < weight.groups; ++g) {
+      const int64_t index = weight.index(column, g);
+      const Codes codes(weight.zero(index));  // the scale comes after the sum
+      __m512 parts[M] = {};
+      for (int64_t i = 0; i < weight.group(); i += 32, lanes += 32, from += Codes::kBytes) {
+        _mm_prefetch(from + kAhead, _MM_HINT_T0);
+        const __m512i values = codes(from);
+        for (int j = 0; j < M; ++j)
+          parts[j] = BFloat16Sum::add(parts[j], _mm512_loadu_si512(lanes + j * weight.k), values);
+      }
+      const __m512 scale = _mm512_set1_ps(weight.scales[index]);
+      for (int j = 0; j < M; ++j) sums[j] = _mm512_fmadd_ps(parts[j], scale, sums[j]);
+    }
+    for (int j = 0; j < M; ++j) out.store_one(row + j, column, _mm512_reduce_add_ps(sums[j]));
+  }
+};
+
+template <class Exact, class Scaled, class Scales>
+void multiply(const Tensor& x, const Weight<Scales>& weight, const Output& out) {
+  if (out.m <= kFewRows) {
+    by_rows(out, weight.k, FloatRows<Exact, Scales>{data<uint16_t>(x), weight, out});
+  } else {
+    product<BFloat16Sum>(data<uint32_t>(x), weight.k / 2, 0, out,
+                         [&](int64_t row, uint32_t* to) { unpack_row<Scaled>(weight, row, to); });
+  }
+}
+
+template <class Scales>
+void multiply(const Tensor& x, const Tensor& codes, Scales scales, const std::optional<Tensor>& zero_point,
+              int64_t groups, const Output& out) {
+  const int64_t k = x.size(1);
+  const Weight<Scales> weight{data<uint8_t>(codes), scales, data<int8_t>(zero_point), k, groups};
+  if (codes.size(1) == k)
+    multiply<Bytes, ScaledBytes>(x, weight, out);
+  else
+    multiply<Nibbles, ScaledNibbles>(x, weight, out);
+}
+
+// x bfloat16 [M, K] and the scale of its rows [M, 1]; codes of 4 or 8 bits; their scales [N, groups] in
+// float16 or float32, or of rows [N, 1] in float32; zero points shaped like the scales.
+Tensor linear_float(Tensor x, std::optional<Tensor> x_scale, Tensor codes, Tensor scale,
+                    std::optional<Tensor> zero_point, ScalarType dtype) {
+  const int64_t m = x.size(0), k = x.size(1), n = codes.size(0), groups = scale.size(1);
+  STD_TORCH_CHECK(k % 64 == 0 && (codes.size(1) == k || codes.size(1) * 2 == k) && x.is_contiguous() &&
+                      codes.is_contiguous() && scale.is_contiguous() && scale.size(0) == n,
+                  "x [M, K], codes [N, K] or [N, K / 2] and scales must be contiguous, K a multiple of 64");
+  Tensor y = torch::stable::new_empty(x, {m, n}, dtype);
+  const bool half = scale.scalar_type() == ScalarType::Half;
+  const float* of_rows = groups == 1 && !half ? data<float>(scale) : nullptr;
+  const Output out{y.mutable_data_ptr(), dtype == ScalarType::BFloat16, m, n, data<float>(x_scale),
+                   of_rows, nullptr};
+  if (of_rows)
+    multiply(x, codes, NoScales{}, zero_point, k / kPiece, out);
+  else if (half)
+    multiply(x, codes, HalfScales{data<uint16_t>(scale)}, zero_point, groups, out);
+  else
+    multiply(x, codes, FloatScales{data<float>(scale)}, zero_point, groups, out);
+  return y;
+}
+
+}  // namespace ptq
+
+STABLE_TORCH_LIBRARY(ptq, m) {
+  m.def("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)");
+  m.def("linear_int8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor sums, ScalarType dtype) -> Tensor");
+  m.def(
+      "linear_float(Tensor x, Tensor? x_scale, Tensor codes, Tensor scale, Tensor? zero_point, "
+      "ScalarType dtype) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ptq, CPU, m) {
+  m.impl("quantize_rows", TORCH_BOX(&ptq::quantize_rows));
+  m.impl("linear_int8", TORCH_BOX(&ptq::linear_int8));
+  m.impl("linear_float", TORCH_BOX(&ptq::linear_float));
+}

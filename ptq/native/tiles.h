@@ -1,0 +1,194 @@
+// What the products share: activations packed so that 16 rows of x lie side by side, and a tile of
+// the product that stays in registers. AVX512 with VNNI and BF16.
+//
+// A unit is 32 bits of a row along K: two bfloat16 values or four int8 codes, which one instruction
+// multiplies and adds to 16 sums. Rows of W are broadcast, rows of x are lanes, so W is read in the
+// order in which it lies in memory.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+namespace ptq {
+
+constexpr int kLanes = 16;   // rows of x in a panel
+constexpr int kHeight = 12;  // rows of W in a tile
+constexpr int kAhead = 4096;     // bytes that W is fetched before it is read
+constexpr int64_t kBatchBytes = 384 * 1024;  // of unpacked rows of W: they stay in the second-level cache
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline void transpose(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
+// x [M, units] to panels [M / 16, units, 16]; rows beyond M are zero. `flip` is applied to each unit.
+inline std::vector<uint32_t> packed_panels(const uint32_t* x, int64_t m, int64_t units, uint32_t flip) {
+  const int64_t panels = ceil_div(m, kLanes), chunks = units / kLanes;
+  std::vector<uint32_t> out(panels * units * kLanes);
+  const __m512i mask = _mm512_set1_epi32(flip);
+  torch::stable::parallel_for(0, panels * chunks, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t panel = item / chunks, unit = item % chunks * kLanes;
+      __m512i rows[16];
+      for (int i = 0; i < 16; ++i) {
+        const int64_t row = panel * kLanes + i;
+        rows[i] = row < m ? _mm512_xor_si512(_mm512_loadu_si512(x + row * units + unit), mask)
+                          : _mm512_setzero_si512();
+      }
+      transpose(rows);
+      uint32_t* to = out.data() + (panel * units + unit) * kLanes;
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * kLanes, rows[i]);
+    }
+  });
+  return out;
+}
+
+// Where a product goes: y [M, N], and what is done to a sum on its way.
+struct Output {
+  void* y;
+  bool bfloat16;  // else float32
+  int64_t m, n;
+  const float* row_scale;      // of x [M], or null
+  const float* column_scale;   // of W [N], or null
+  const int32_t* correction;   // [N], which is subtracted from integer sums, or null
+
+  void store(int64_t row, int64_t column, __mmask16 mask, __m512 value) const {
+    if (bfloat16) {
+      auto* to = static_cast<uint16_t*>(y) + row * n + column;
+      _mm256_mask_storeu_epi16(to, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+    } else {
+      _mm512_mask_storeu_ps(static_cast<float*>(y) + row * n + column, mask, value);
+    }
+  }
+
+  __m512 scaled(__m512 value, int64_t row, __m512 columns) const {
+    if (column_scale) value = _mm512_mul_ps(value, columns);
+    return row_scale ? _mm512_mul_ps(value, _mm512_set1_ps(row_scale[row])) : value;
+  }
+
+  void store_one(int64_t row, int64_t column, float value) const {
+    store(row, column, 1, scaled(_mm512_set1_ps(value), row, columns(column, 1)));
+  }
+
+  __m512 columns(int64_t column, __mmask16 mask) const {
+    return column_scale ? _mm512_maskz_loadu_ps(mask, column_scale + column) : _mm512_setzero_ps();
+  }
+};
+
+struct BFloat16Sum {
+  using Sum = __m512;
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum add(Sum sum, __m512i x, __m512i w) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
+  }
+  static __m512 value(__m512i sum, __m512i) { return _mm512_castsi512_ps(sum); }
+  static __m512i bits(Sum sum) { return _mm512_castps_si512(sum); }
+};
+
+struct Int8Sum {  // x is unsigned, W signed
+  using Sum = __m512i;
+  static Sum zero() { return _mm512_setzero_si512(); }
+  static Sum add(Sum sum, __m512i x, __m512i w) {
+    // GCC 12 copies every sum at each use of the intrinsic.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    return sum;
+  }
+  static __m512 value(__m512i sum, __m512i correction) {
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, correction));
+  }
+  static __m512i bits(Sum sum) { return sum; }
+};
+
+// kHeight rows of W times `Panels` panels of x, and the sums on their way into y.
+template <class Arithmetic, int Panels>
+void tile(const uint32_t* x, const uint32_t* w, int64_t stride, int64_t units, int64_t row, int64_t column,
+          const Output& out) {
+  typename Arithmetic::Sum sums[kHeight][Panels];
+  for (auto& of_row : sums)
+    for (auto& sum : of_row) sum = Arithmetic::zero();
+  for (int64_t unit = 0; unit < units; ++unit) {
+    __m512i lanes[Panels];
+    for (int p = 0; p < Panels; ++p) lanes[p] = _mm512_loadu_si512(x + (p * units + unit) * kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < kHeight; ++i) {
+      const __m512i one = _mm512_set1_epi32(w[i * stride + unit]);
+      for (int p = 0; p < Panels; ++p) sums[i][p] = Arithmetic::add(sums[i][p], lanes[p], one);
+    }
+  }
+  const int64_t wide = std::min<int64_t>(kHeight, out.n - column);
+  const __mmask16 mask = (1u << wide) - 1;
+  const __m512 columns = out.columns(column, mask);
+  const __m512i correction =
+      out.correction ? _mm512_maskz_loadu_epi32(mask, out.correction + column) : _mm512_setzero_si512();
+  for (int p = 0; p < Panels; ++p) {
+    __m512i values[16];
+    for (int i = 0; i < 16; ++i)
+      values[i] = i < kHeight ? Arithmetic::bits(sums[i][p]) : _mm512_setzero_si512();
+    transpose(values);
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t at = row + p * kLanes + i;
+      if (at >= out.m) break;
+      out.store(at, column, mask, out.scaled(Arithmetic::value(values[i], correction), at, columns));
+    }
+  }
+}
+
+// y = x W^T by tiles. `unpack(n, to)` puts row n of W, `units` long, where it is told to.
+template <class Arithmetic, class Unpack>
+void product(const uint32_t* x, int64_t units, uint32_t flip, const Output& out, const Unpack& unpack) {
+  const std::vector<uint32_t> panels = packed_panels(x, out.m, units, flip);
+  const int64_t count = ceil_div(out.m, kLanes);
+  const int64_t stride = units + kLanes;  // not a power of two: rows would share a cache's sets
+  const int64_t fitting = kBatchBytes / (kHeight * stride * 4);
+  const int64_t batch = kHeight * std::clamp<int64_t>(out.m <= 2 * kLanes ? 1 : fitting, 1, 4);
+  torch::stable::parallel_for(0, ceil_div(out.n, kHeight), 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> rows(batch * stride);
+    const int64_t stop = std::min(end * kHeight, out.n);
+    for (int64_t first = begin * kHeight; first < stop; first += batch) {
+      const int64_t last = std::min(first + batch, stop);
+      for (int64_t n = first; n < last; ++n) unpack(n, rows.data() + (n - first) * stride);
+      for (int64_t panel = 0; panel < count; panel += 2) {
+        const uint32_t* from = panels.data() + panel * units * kLanes;
+        for (int64_t n = first; n < last; n += kHeight) {
+          const uint32_t* w = rows.data() + (n - first) * stride;
+          if (panel + 1 < count)
+            tile<Arithmetic, 2>(from, w, stride, units, panel * kLanes, n, out);
+          else
+            tile<Arithmetic, 1>(from, w, stride, units, panel * kLanes, n, out);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace ptq

@@ -1,0 +1,234 @@
+"""ptq's own kernels: compiled once, equal to the reference, at any number of rows."""
+
+import functools
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import ptq
+from ptq.algorithms import round_to_nearest
+from ptq.cli import main
+from ptq.config import ActivationScheme, Scheme, preset
+from ptq.core import QuantizedWeight
+from ptq.errors import UnsupportedError
+from ptq.kernels import Activation, Kernel, LinearSpec, quantize_activation, row_ranges
+from ptq.kernels.cpu_native import NativeFloat, NativeInt8
+from ptq.modules import QuantLinear, join
+from ptq.native import library
+from tests.kernels.test_conformance import (
+    ACTIVATIONS,
+    WEIGHTS,
+    check,
+    inputs,
+    make_scheme,
+    make_weight,
+    misaligned,
+)
+
+pytestmark = pytest.mark.usefixtures("kernels")
+ROWS = (1, 2, 3, 8, 9, 16, 17, 33, 70)  # one row, few, one panel and two, an odd number of panels
+SHAPES = ((48, 128), (33, 256), (5, 64))
+
+
+@pytest.fixture
+def kernels(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The compiled kernels, in the way that a user gets them; processes of one run share them."""
+    if library.processor_reason() is not None:
+        pytest.skip(f"ptq's own kernels are {library.processor_reason()}")
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared))
+    loaded = functools.cache(lambda: True)  # as the function itself, once it has found the file
+    monkeypatch.setattr("ptq.native.build.library_loaded", loaded)
+    monkeypatch.setattr("ptq.native.library.library_loaded", loaded)
+    return ptq.build_kernels()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activations", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("kernel", [NativeInt8(), NativeFloat()], ids=lambda k: k.name)
+def test_equals_the_reference_where_it_claims_to(
+    kernel: Kernel,
+    activations: dict | None,
+    dtype: torch.dtype,
+) -> None:
+    for weights in WEIGHTS:
+        scheme = make_scheme(weights, activations)
+        for n, k in SHAPES if scheme is not None else ():
+            weight = make_weight(n, k, scheme)
+            for m in ROWS if weight is not None else ():
+                spec = LinearSpec.of(weight, scheme.activations, "cpu", dtype, m)
+                if kernel.supports(spec) is None:
+                    for x in inputs(m, k, dtype):
+                        check(kernel, spec, weight, x)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
+def test_int8_serves_every_number_of_rows(scheme: str) -> None:
+    assert [r.kernel for r in row_ranges(spec_of(scheme))] == ["native_int8"]
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a16-g64", "w4a16-g32-asym", "w4a8-g64"])
+def test_float_serves_every_number_of_rows(scheme: str) -> None:
+    assert [r.kernel for r in row_ranges(spec_of(scheme))] == ["native_float"]
+
+
+def spec_of(scheme: str, k: int = 128, dtype: torch.dtype = torch.bfloat16) -> LinearSpec:
+    made = preset(scheme)
+    weight = round_to_nearest(torch.randn(48, k), made.weights)
+    return LinearSpec.of(weight, made.activations, "cpu", dtype, 1)
+
+
+def test_what_they_do_not_serve() -> None:
+    assert "multiple of 64" in str(NativeInt8().supports(spec_of("w8a8", k=96)))
+    assert "bfloat16" in str(NativeFloat().supports(spec_of("w8a16", dtype=torch.float16)))
+    scheme = Scheme.model_validate({"weights": {"format": "int4", "group_size": 16}})
+    weight = round_to_nearest(torch.randn(48, 128), scheme.weights)
+    grouped = LinearSpec.of(weight, None, "cpu", torch.bfloat16, 1)
+    assert "multiple of 32" in str(NativeFloat().supports(grouped))
+
+
+def test_without_having_been_compiled_they_say_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ptq.native.library.library_loaded", lambda: False)
+    assert "ptq build" in str(NativeInt8().supports(spec_of("w8a8")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [1, 15, 16, 100])
+@pytest.mark.parametrize("codes", [torch.int8, torch.bfloat16], ids=str)
+def test_activations_are_quantized_to_the_bits_of_torchs_ops(
+    dtype: torch.dtype, columns: int, codes: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(9, columns) * torch.logspace(-20, 20, 9).unsqueeze(1)
+    x[1], x[2, -1], x[3, 0], x[4] = 0, float("nan"), float("inf"), 1e-42
+    scheme = ActivationScheme(mode="dynamic", symmetric=True, format="int8")
+    wide = torch.stack((x, x), dim=2).to(dtype)[:, :, 0]  # strided
+    own = quantize_activation(wide, scheme, dtype=codes)
+    monkeypatch.setattr("ptq.native.library.library_loaded", lambda: False)
+    torchs = quantize_activation(wide, scheme, dtype=codes)
+    assert own.scale is not None and torchs.scale is not None
+    assert torch.equal(own.scale.nan_to_num(7), torchs.scale.nan_to_num(7))
+    finite = torch.tensor([0, 1, 4, 5, 6, 7, 8])  # of others the codes mean nothing
+    assert torch.equal(own.values[finite], torchs.values[finite])
+
+
+@pytest.mark.parametrize("m", [1, 20])
+def test_int8_is_exact_in_the_extreme(m: int) -> None:
+    """x is shifted to 0 and 255 on the way: the sums of the shifted codes may wrap around."""
+    k = 1 << 16
+    for x, w in ((-128, -128), (127, -128), (127, 127)):
+        weight = QuantizedWeight.from_codes(
+            torch.full((3, k), w, dtype=torch.int8), torch.ones(3, 1), None,
+            preset("w8a8").weights.number_format, preset("w8a8").weights.granularity_value,
+        )  # fmt: skip
+        kernel = NativeInt8()
+        activation = Activation(torch.full((m, k), x, dtype=torch.int8), torch.ones(m, 1))
+        y = kernel.linear(activation, kernel.prepare(weight, torch.float32), torch.float32)
+        assert (y == x * w * k).all()
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-g64"])
+def test_memory_may_begin_anywhere(scheme: str) -> None:
+    made = preset(scheme)
+    weight = round_to_nearest(torch.randn(48, 128), made.weights)
+    weight = replace(weight, packed=misaligned(weight.packed))
+    kernel = NativeInt8() if scheme == "w8a8" else NativeFloat()
+    for m in (1, 4, 17):
+        spec = LinearSpec.of(weight, made.activations, "cpu", torch.bfloat16, m)
+        check(kernel, spec, weight, misaligned(torch.randn(m, 128).bfloat16()))
+
+
+def test_no_form_of_the_weight_is_kept() -> None:
+    for scheme, kernel in (("w8a8", NativeInt8()), ("w4a16-g64", NativeFloat())):
+        spec = spec_of(scheme)
+        weight = round_to_nearest(torch.randn(48, 128), preset(scheme).weights)
+        form = kernel.prepare(weight, torch.bfloat16)
+        own = [t for t in vars(form).values() if t is not None and not shares(t, weight)]
+        assert sum(t.nbytes for t in own) <= kernel.extra_bytes(spec) <= 8 * 48
+
+
+def shares(tensor: torch.Tensor, weight: QuantizedWeight) -> bool:
+    return tensor.data_ptr() in (weight.packed.data_ptr(), weight.scale.data_ptr())
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-g64", "w8a16"])
+def test_compiled_for_any_number_of_rows(scheme: str) -> None:
+    made = preset(scheme)
+    layer = QuantLinear(round_to_nearest(torch.randn(48, 128), made.weights), made)
+    layer(torch.randn(1, 128))  # makes the form
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for m in (3, 20):
+        x = torch.randn(m, 128)
+        assert (compiled(x) - layer(x)).norm() <= 1e-3 * layer(x).norm()
+
+
+def test_the_ops_do_what_their_schema_says() -> None:
+    made = preset("w8a8")
+    form = NativeInt8().prepare(round_to_nearest(torch.randn(48, 128), made.weights), torch.float32)
+    x = torch.randn(5, 128)
+    codes, scale = torch.ops.ptq.quantize_rows(x, torch.int8)
+    grouped = NativeFloat().prepare(
+        round_to_nearest(torch.randn(48, 128), preset("w4a16-g64").weights), torch.float32
+    )
+    for op, arguments in (
+        (torch.ops.ptq.quantize_rows.default, (x, torch.bfloat16)),
+        (torch.ops.ptq.linear_int8.default,
+         (codes, scale, form.codes, form.scale, form.sums, torch.bfloat16)),
+        (torch.ops.ptq.linear_float.default,
+         (x.bfloat16(), None, grouped.packed, grouped.scale, None, torch.float32)),
+    ):  # fmt: skip
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_library_that_is_there_is_not_made_again(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert ptq.build_kernels() == kernels
+
+
+def test_no_compiler_or_one_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    failing = tmp_path / "c++"
+    failing.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2; exit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    with pytest.raises(UnsupportedError, match="no such thing.*GCC 12"):
+        ptq.build_kernels()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX")
+    with pytest.raises(UnsupportedError, match=r"install g\+\+"):
+        ptq.build_kernels()
+    assert list((tmp_path / "ptq").iterdir()) == []
+
+
+def test_another_processor_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(UnsupportedError, match="x86-64"):
+        ptq.build_kernels()
+
+
+def test_the_command_says_where_they_are(kernels: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build"]) == 0
+    assert str(kernels) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g64", "w8a16", "w8a8"])
+def test_joined_layers_share_one_tensor_of_codes(scheme: str) -> None:
+    made = preset(scheme)
+    layers = tuple(
+        QuantLinear(round_to_nearest(torch.randn(n, 128), made.weights), made) for n in (48, 16)
+    )
+    x = torch.randn(1, 128)
+    before = [layer(x) for layer in layers]
+    assert join(layers, 1, torch.float32)
+    assert len({layer.codes.untyped_storage().data_ptr() for layer in layers}) == 1
+    for layer, y in zip(layers, before, strict=True):
+        assert torch.equal(layer(x), y)
+        assert layer.joint is not None
+        activation = layer._activation(x, x, None if scheme == "w8a8" else torch.float32)
+        assert torch.equal(layer.joint.linear(activation), y)
