@@ -5,11 +5,13 @@ from ptq.core.finite import is_finite
 from ptq.core.granularity import Granularity
 from ptq.core.hadamard import hadamard
 from ptq.core.packing import pack, packed_width, unpack
+from ptq.core.product import FastLinear, product
 from ptq.core.quantized_weight import QuantizedWeight
 from ptq.core.rotation import Rotation
 from ptq.core.rows import join_rows, split_rows
 
 __all__ = [
+    "FastLinear",
     "Granularity",
     "QParams",
     "QuantizedWeight",
@@ -21,6 +23,7 @@ __all__ = [
     "join_rows",
     "pack",
     "packed_width",
+    "product",
     "quantize",
     "split_rows",
     "unpack",
