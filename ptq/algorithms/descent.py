@@ -53,9 +53,11 @@ class Descent:
         slope /= scale  # as the codes, in units of the scale
         best, moves = torch.empty_like(old), torch.empty_like(old)
         pivots = within.diagonal().tolist()
-        for i, (pivot, row) in enumerate(zip(pivots, within, strict=True)):
-            torch.sub(old[i], slope[i], alpha=1 / pivot, out=best[i]).round_().clamp_(low, high)
-            slope.addr_(row, torch.sub(best[i], old[i], out=moves[i]))
+        for pivot, row, before, towards, after, move in zip(
+            pivots, within, old, slope, best, moves, strict=True
+        ):
+            torch.sub(before, towards, alpha=1 / pivot, out=after).round_().clamp_(low, high)
+            slope.addr_(row, torch.sub(after, before, out=move))
         old.copy_(best)
         slope *= scale
         return moves.mul_(scale)
