@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq.core import FastLinear
+from ptq.core import FastProducts
 from ptq.errors import CalibrationError
 
 
@@ -63,7 +63,7 @@ class BlockCall:
             NotAChain: it returns something else, or another shape.
         """
         arguments, keywords = self.with_hidden(hidden)
-        with FastLinear():
+        with FastProducts():
             out = block(*arguments, **keywords)
         if self.others is not None and type(out) is tuple and out:
             out = out[0]
