@@ -28,9 +28,10 @@ class FastProducts(TorchFunctionMode):
         if func is F.linear and not kwargs and served(args[0], args[1]):
             return _linear(*args)
         if func is F.scaled_dot_product_attention and len(args) == 3:
-            given = dict(kwargs or {})
+            query, key, value = args
+            given = kwargs or {}
             if _plainly_causal(args, given):
-                return causal_attention(*args, scale=given.get("scale"))
+                return causal_attention(query, key, value, given.get("scale"))
         return func(*args, **(kwargs or {}))
 
 
