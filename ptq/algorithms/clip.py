@@ -10,7 +10,7 @@ from torch import Tensor
 from ptq.config import WeightScheme
 from ptq.core import QParams, choose_qparams
 
-_AT_ONCE = 1 << 22  # weights that are held in float32 at a time
+_AT_ONCE = 1 << 20  # weights that are held in float32 at a time; caches hold some of their copies
 
 
 class ClipOptions(BaseModel):

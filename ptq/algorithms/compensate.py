@@ -1,5 +1,6 @@
 """The loop of GPTQ: columns are rounded one by one, and those that follow take up the error."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from ptq.algorithms.clip import ClipOptions, range_qparams, search_qparams
 from ptq.config import WeightScheme
-from ptq.core import QParams
+from ptq.core import QParams, product
 
 
 @dataclass(eq=False)
@@ -83,14 +84,26 @@ class Compensation:
             qparams = search_qparams(target, self.scheme, self.importance, self.search)
         codes = Codes.of(qparams, rows, columns)
         work = target.T[self.order].contiguous()
-        for start in range(0, columns, self.block):
-            end = min(start + self.block, columns)
+        for start, end in self._blocks(columns, codes.group_size):
+            if self.sequential and start % codes.group_size == 0:
+                self._rescale(work, codes, start)
             errors = self._round_block(work, codes, start, end)
-            work[end:].addmm_(self.upper[start:end, end:].T, errors, alpha=-1)
+            work[end:] -= product(self.upper[start:end, end:].T, errors.T)
         steps = torch.empty_like(work)
         steps[self.order] = work
         codes.steps = steps
         return codes
+
+    def _blocks(self, columns: int, group_size: int) -> Iterator[tuple[int, int]]:
+        """First and last + 1 of the columns of each block. Where scales are chosen on the way, a
+        group starts with a block, when its weights have taken up all errors before it."""
+        start = 0
+        while start < columns:
+            end = min(start + self.block, columns)
+            if self.sequential:
+                end = min(end, (start // group_size + 1) * group_size)
+            yield start, end
+            start = end
 
     def _round_block(self, work: Tensor, codes: Codes, start: int, end: int) -> Tensor:
         """Put steps in the place of the weights of a block.
@@ -98,35 +111,28 @@ class Compensation:
         Returns:
             [end - start, N]: what the columns after the block have to take up.
         """
-        fmt, size, upper = self.scheme.int_format, codes.group_size, self.upper
-        errors = work.new_empty(end - start, work.shape[1])
-        pivots = upper.diagonal()[start:end].tolist()
-        groups = (self.order[start:end] // size).tolist()
-        for i, (pivot, group) in enumerate(zip(pivots, groups, strict=True), start):
-            if self.sequential and i % size == 0:
-                self._rescale(work, codes, errors[: i - start], i, end)
-            scale, zero_point = codes.scale[group], codes.zero_point[group]
-            steps = (work[i] / scale).round_().add_(zero_point)
-            steps.clamp_(fmt.qmin, fmt.qmax).sub_(zero_point)
-            error = torch.addcmul(work[i], steps, scale, value=-1, out=errors[i - start])
-            error.div_(pivot)
-            work[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
-            work[i] = steps
-        return errors
+        fmt, block = self.scheme.int_format, work[start:end]
+        groups = self.order[start:end] // codes.group_size
+        scale, zero_point = codes.scale[groups], codes.zero_point[groups]
+        low, high = fmt.qmin - zero_point, fmt.qmax - zero_point
+        upper = self.upper[start:end, start:end]
+        pivots = upper.diagonal().unsqueeze(1)
+        shares = upper / pivots
+        made, errors = torch.empty_like(block), torch.empty_like(block)
+        for i, (weight, step, least, most, steps, error) in enumerate(
+            zip(block, scale, low, high, made, errors, strict=True), 1
+        ):
+            torch.div(weight, step, out=steps).round_().clamp_(least, most)
+            torch.addcmul(weight, steps, step, value=-1, out=error)
+            block[i:].addr_(shares[i - 1, i:], error, alpha=-1)
+        block.copy_(made)
+        return errors.div_(pivots)
 
-    def _rescale(self, work: Tensor, codes: Codes, errors: Tensor, first: int, end: int) -> None:
-        """Choose the scale of the group that starts at column ``first``.
-
-        Args:
-            errors: of the columns of this block before it; columns from ``end``, the next block's,
-                have not taken them up yet.
-        """
-        last, start = first + codes.group_size, first - len(errors)
-        group = work[first:last].clone()
-        if last > end:
-            group[end - first :].addmm_(self.upper[start:first, end:last].T, errors, alpha=-1)
-        importance = self.importance[first:last]
-        found = search_qparams(group.T.contiguous(), self.scheme, importance, self.search)
+    def _rescale(self, work: Tensor, codes: Codes, first: int) -> None:
+        """Choose the scale of the group that starts at column ``first``."""
+        part = slice(first, first + codes.group_size)
+        weights, importance = work[part].T.contiguous(), self.importance[part]
+        found = search_qparams(weights, self.scheme, importance, self.search)
         index = first // codes.group_size
         codes.scale[index] = found.scale[:, 0]
         if found.zero_point is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ptq.algorithms.clip import nearest_scale
 from ptq.algorithms.compensate import Codes
 from ptq.config import WeightScheme
+from ptq.core import product
 
 _BLOCK = 128  # columns between two updates of the slope of the rest
 
@@ -29,32 +30,37 @@ class Descent:
 
     def __init__(self, codes: Codes, target: Tensor, hessian: Tensor, scheme: WeightScheme) -> None:
         self._codes, self._hessian, self._scheme = codes, hessian, scheme
-        self._slope = hessian @ (codes.values() - target.T)
+        self._slope = product(hessian, codes.values().T - target)
 
     def move_codes(self) -> None:
         """One pass over the columns, each code to its best value given the others."""
-        columns = self._hessian.shape[0]
-        for start in range(0, columns, _BLOCK):
-            end = min(start + _BLOCK, columns)
-            moves = self._move_block(start, end)
-            self._slope[:start].addmm_(self._hessian[:start, start:end], moves)
-            self._slope[end:].addmm_(self._hessian[end:, start:end], moves)
+        columns, size = self._hessian.shape[0], self._codes.group_size
+        for group in range(columns // size):
+            last = (group + 1) * size
+            for start in range(group * size, last, _BLOCK):
+                end = min(start + _BLOCK, last)
+                moves = self._move_block(group, start, end).T.contiguous()
+                self._slope[:start] += product(self._hessian[:start, start:end], moves)
+                self._slope[end:] += product(self._hessian[end:, start:end], moves)
 
-    def _move_block(self, start: int, end: int) -> Tensor:
-        """The changes of the block's values: [end - start, N]."""
-        fmt, codes, slope = self._scheme.int_format, self._codes, self._slope[start:end]
+    def _move_block(self, group: int, start: int, end: int) -> Tensor:
+        """The changes of the values of some columns of a group: [end - start, N]."""
+        fmt, codes = self._scheme.int_format, self._codes
+        scale, zero_point = codes.scale[group], codes.zero_point[group]
+        low, high = fmt.qmin - zero_point, fmt.qmax - zero_point
         within = self._hessian[start:end, start:end].contiguous()
-        moves = torch.empty_like(slope)
-        for i, pivot in enumerate(within.diagonal().tolist()):
-            steps = codes.steps[start + i]
-            group = (start + i) // codes.group_size
-            scale, zero_point = codes.scale[group], codes.zero_point[group]
-            best = torch.addcdiv(steps, slope[i], scale, value=-1 / pivot).round_()
-            best.add_(zero_point).clamp_(fmt.qmin, fmt.qmax).sub_(zero_point)
-            move = torch.sub(best, steps, out=moves[i]).mul_(scale)
-            slope.addr_(within[i], move)
-            steps.copy_(best)
-        return moves
+        old, slope = codes.steps[start:end], self._slope[start:end]
+        slope /= scale  # as the codes, in units of the scale
+        best, moves = torch.empty_like(old), torch.empty_like(old)
+        pivots = within.diagonal().tolist()
+        for pivot, row, before, towards, after, move in zip(
+            pivots, within, old, slope, best, moves, strict=True
+        ):
+            torch.sub(before, towards, alpha=1 / pivot, out=after).round_().clamp_(low, high)
+            slope.addr_(row, torch.sub(after, before, out=move))
+        old.copy_(best)
+        slope *= scale
+        return moves.mul_(scale)
 
     def tune_scales(self) -> None:
         """One pass over the groups, each scale to its best value given the others."""
@@ -70,4 +76,4 @@ class Descent:
             change = tuned - scale
             change *= change * (change * curve + 2 * slope) < 0
             scale += change
-            self._slope.addmm_(self._hessian[:, part], steps * change)
+            self._slope += product(self._hessian[:, part], (steps * change).T)

@@ -35,7 +35,7 @@ class GptqOptions(ClipOptions):
         True, description="columns with large inputs first; scales from the first weights"
     )
     block: Annotated[int, Field(ge=1)] = Field(
-        128, description="columns between two updates of the rest"
+        64, description="columns between two updates of the rest"
     )
     feedback: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share of the upstream error that is made up for"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq.core import QuantizedWeight
+from ptq.core import QuantizedWeight, product
 
 _LADDER = (1, 10, 100, 1000)  # factors on the damping, tried in turn
 
@@ -82,7 +82,7 @@ def output_error(
         infinity where it is more than float32 can hold.
     """
     error = made.dequantize() - weight
-    slope = error @ second
+    slope = product(error, second)  # which is symmetric
     if pull is not None:
         slope -= 2 * pull
     value = float(slope.mul_(error).sum(dtype=torch.float64))

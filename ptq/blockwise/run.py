@@ -1,17 +1,18 @@
 """Quantizing a model block by block, each block's inputs coming from the quantized ones before."""
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptq.algorithms import with_static_input
+from ptq.algorithms import InputMoments, Outcome, with_static_input
 from ptq.blockwise.keep import Keeper, empty
 from ptq.blockwise.seen import SampledInputs, SeenInputs
 from ptq.blockwise.store import Reached, Store
+from ptq.blockwise.together import quantize_together, together
 from ptq.calibrate import (
     BlockStream,
     NotAChain,
@@ -312,20 +313,38 @@ class Blockwise:
     ) -> dict[str, LayerState]:
         """Codes for each layer, whose float weights are kept where a refinement needs them."""
         moments = seen.finish()
+        outcomes: dict[str, Outcome] = {}
+        for keys in together(linears, schemes, moments, self.recipe.algorithm):
+            made = self._outcomes(prefix, {key: linears[key] for key in keys}, schemes, moments)
+            outcomes.update(zip(keys, made, strict=True))
         layers = {}
         for key, linear in linears.items():
-            name, weight = f"{prefix}{key}", linear.weight.detach()
-            try:
-                outcome = self.recipe.algorithm.quantize(
-                    weight, schemes[key].weights, moments.get(key), self.recipe.options
-                )
+            name, outcome = f"{prefix}{key}", outcomes.pop(key)
+            with _named(name):
                 codes = _with_input(outcome.weight, key, schemes[key], seen)
-            except PTQError as error:
-                raise type(error)(f"layer {name}: {error}") from None
             self.remedies += [f"{name}: {note}" for note in outcome.notes]
-            layers[key] = LayerState(linear, self._original(weight), schemes[key], codes)
+            original = self._original(linear.weight.detach())
+            layers[key] = LayerState(linear, original, schemes[key], codes)
         self._show_codes(prefix, layers)
         return layers
+
+    def _outcomes(
+        self,
+        prefix: str,
+        linears: Mapping[str, nn.Linear],
+        schemes: Mapping[str, Scheme],
+        moments: Mapping[str, InputMoments],
+    ) -> list[Outcome]:
+        """Of layers that are quantized as one."""
+        first = next(iter(linears))
+        with _named(", ".join(f"{prefix}{key}" for key in linears)):
+            return quantize_together(
+                list(linears.values()),
+                schemes[first],
+                moments.get(first),
+                self.recipe.algorithm,
+                self.recipe.options,
+            )
 
     def _original(self, weight: Tensor) -> Tensor:
         """The float weight; a copy where somebody asks for it after the layer's has changed."""
@@ -365,6 +384,15 @@ class Blockwise:
         self._place("", layers)
         names = ", ".join(schemes) if len(schemes) < 4 else f"{len(schemes)} layers"
         self.remedies.append(f"outside the blocks, only the algorithm was applied to: {names}")
+
+
+@contextmanager
+def _named(layer: str) -> Iterator[None]:
+    """An error within it says which layer it is about."""
+    try:
+        yield
+    except PTQError as error:
+        raise type(error)(f"layer {layer}: {error}") from None
 
 
 def _linears(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:

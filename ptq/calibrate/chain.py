@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptq.core import FastProducts
 from ptq.errors import CalibrationError
 
 
@@ -62,7 +63,8 @@ class BlockCall:
             NotAChain: it returns something else, or another shape.
         """
         arguments, keywords = self.with_hidden(hidden)
-        out = block(*arguments, **keywords)
+        with FastProducts():
+            out = block(*arguments, **keywords)
         if self.others is not None and type(out) is tuple and out:
             out = out[0]
         if not isinstance(out, Tensor) or out.shape != hidden.shape:

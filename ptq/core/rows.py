@@ -10,27 +10,29 @@ from ptq.core.granularity import Granularity
 from ptq.core.quantized_weight import QuantizedWeight
 
 
-def split_rows(weight: QuantizedWeight, count: int) -> list[QuantizedWeight]:
-    """The weight [N, K] as ``count`` weights [N / count, K], over the same memory."""
+def split_rows(weight: QuantizedWeight, sizes: int | Sequence[int]) -> list[QuantizedWeight]:
+    """The weight [N, K] as weights of so many rows each, over the same memory.
+
+    Args:
+        sizes: rows of each; one number: how many there are, all of the same size.
+    """
     rows, columns = weight.shape
-    size = rows // count
-    assert size * count == rows, weight.shape
+    if isinstance(sizes, int):
+        sizes = [rows // sizes] * sizes
+    assert sum(sizes) == rows, (weight.shape, sizes)
 
-    def part(tensor: Tensor | None, number: int) -> Tensor | None:
-        whole = tensor is None or tensor.shape[0] != rows  # one scale for all rows
-        return tensor if whole or tensor is None else tensor[number * size : (number + 1) * size]
+    def parts(tensor: Tensor) -> Sequence[Tensor]:
+        whole = tensor.shape[0] != rows  # one scale for all rows
+        return [tensor] * len(sizes) if whole else torch.split(tensor, list(sizes))
 
-    parts = []
-    for number in range(count):
-        packed, scale = part(weight.packed, number), part(weight.scale, number)
-        assert packed is not None and scale is not None
-        zero_point = part(weight.zero_point, number)
-        parts.append(
-            replace(
-                weight, packed=packed, scale=scale, zero_point=zero_point, shape=(size, columns)
-            )
-        )
-    return parts
+    packed, scales = parts(weight.packed), parts(weight.scale)
+    zero_points: Sequence[Tensor | None] = [None] * len(sizes)
+    if weight.zero_point is not None:
+        zero_points = parts(weight.zero_point)
+    return [
+        replace(weight, packed=p, scale=s, zero_point=z, shape=(size, columns))
+        for p, s, z, size in zip(packed, scales, zero_points, sizes, strict=True)
+    ]
 
 
 def join_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:

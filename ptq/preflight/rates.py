@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ptq.algorithms import round_to_nearest, with_static_input
 from ptq.config import Scheme
-from ptq.core import is_finite
+from ptq.core import is_finite, product
 from ptq.evaluation.statistics import TokenStatistics
 from ptq.modules import QuantLinear
 from ptq.observers import make_observer
@@ -49,6 +49,7 @@ class Rates:
         hashing: SHA-256 of a byte, and writing it.
         streaming: reading a byte of memory, from no cache.
         small: an operation on one token, whose cost is the call.
+        fast: of a float product where blocks are calibrated, as a share of its time elsewhere.
     """
 
     tokens: int
@@ -63,6 +64,7 @@ class Rates:
     hashing: float
     streaming: float
     small: float
+    fast: float = 1.0
 
 
 @torch.no_grad()
@@ -98,6 +100,7 @@ def measure_rates(facts: Facts) -> Rates:
         seconds(lambda: hashlib.sha256(data)) / len(data),
         seconds(lambda: large.sum()) / large.nbytes,
         seconds(lambda: [row * row for _ in range(100)]) / 100,
+        _fast(facts, tokens),
     )
 
 
@@ -202,3 +205,13 @@ def _observing(facts: Facts) -> float:
     observer = make_observer(section.observer, facts.static)
     rows = torch.randn(256, max(1, facts.hidden))
     return seconds(lambda: observer.update(rows)) / rows.numel()
+
+
+def _fast(facts: Facts, tokens: int) -> float:
+    if facts.recipe.plain or not facts.linears:
+        return 1.0
+    shape = max((layer.shape for layer in facts.linears), key=lambda s: s[0] * s[1])
+    rows, _ = _cut(shape)
+    weight = torch.randn(rows, shape[1]).to(facts.float_dtype)
+    x = torch.randn(tokens, shape[1]).to(facts.float_dtype)
+    return seconds(lambda: product(x, weight)) / seconds(lambda: F.linear(x, weight))

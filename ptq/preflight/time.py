@@ -33,6 +33,7 @@ class _Work:
         self.other = self._other()
         self.float_token = self._blocks(False)
         self.quantized_token = self._blocks(True)
+        self.block_token = self._blocks(False, rates.fast)
 
     def terms(self) -> Terms:
         evaluation, generation = self.facts.config.evaluation, self.facts.config.generation
@@ -60,12 +61,12 @@ class _Work:
         passes = _HIDDEN_PASSES * f.hidden + _INNER_PASSES * f.inner
         return f.blocks * (r.attention / r.tokens + passes * r.element)
 
-    def _blocks(self, quantized: bool) -> float:
-        """Of a token in all blocks."""
+    def _blocks(self, quantized: bool, share: float = 1.0) -> float:
+        """Of a token in all blocks, whose products take this share of their time."""
         layers = (x for x in self.facts.linears if x.inside)
         products = sum(self._layer(x, quantized, 0) for x in layers) / self.rates.tokens
         calls = self.facts.blocks * _SMALL_OPERATIONS * self.rates.small / self.rates.tokens
-        return self.other + products + calls
+        return self.other + share * products + calls
 
     def _layer(self, layer: LinearFacts, quantized: bool, which: int) -> float:
         key = layer.shape, str(layer.scheme)
@@ -135,7 +136,7 @@ class _Work:
         f, names = self.facts, self.facts.recipe.names
         watched = bool(f.recipe.algorithm.needs_moments or f.static)
         passes = 1 + watched + f.recipe.needs_targets * (1 + f.recipe.algorithm.needs_cross)
-        total = passes * f.calibration_tokens * self.float_token
+        total = passes * f.calibration_tokens * self.block_token
         if watched:
             total += self._moments()
         first = len(f.recipe.transforms) + 1  # behind the algorithm
@@ -143,14 +144,14 @@ class _Work:
         for name, (_, options) in zip(refinements, f.recipe.refinements, strict=True):
             if name == "learned_rounding":
                 total += self._learned_rounding(options.iterations, options.sequences)
-        total += 2 * len(f.recipe.transforms) * f.calibration_tokens * self.float_token
+        total += 2 * len(f.recipe.transforms) * f.calibration_tokens * self.block_token
         if f.recipe.finishes:
-            total += 4 * f.calibration_tokens * (self.float_token + self._head(False))
+            total += 4 * f.calibration_tokens * (self.block_token + self._head(False))
         return total
 
     def _learned_rounding(self, iterations: int, sequences: int) -> float:
         samples = len(self.facts.calibration_lengths)
-        once = self.facts.calibration_tokens / samples * self.float_token
+        once = self.facts.calibration_tokens / samples * self.block_token
         checks = 1 + sum(1 for i in range(iterations) if _checked(i, iterations))
         check = min(samples, max(8, sequences))
         elements = self.facts.block_elements * self.facts.blocks
@@ -166,7 +167,7 @@ class _Work:
             return 0.0
         for layer in f.quantized_linears:
             n, k = layer.shape
-            flop = self.rates.linear[layer.shape][0] / (self.rates.tokens * n * k)
+            flop = self.rates.fast * self.rates.linear[layer.shape][0] / (self.rates.tokens * n * k)
             products = f.calibration_tokens * k * k / 2 + 3 * k**3 + 6 * n * k * k
             total += layer.count * 1.35 * (products * flop + 8 * k * 10 * self.rates.small)
         return total

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ptq.calibrate import BlockStream, call, outputs_after_blocks
 from ptq.calibrate.stream import Progress
+from ptq.core import FastProducts
 from ptq.refine.base import LayerState, learning, quantized_inputs
 
 
@@ -136,7 +137,8 @@ def _steps(count: int, options: DistillOptions, seed: int) -> Iterator[list[int]
 def _backward(job: DistillJob, index: int, share: int) -> float:
     batch = job.batches[index]
     target = outputs_after_blocks(job.model, job.stream, batch, index)
-    made = call(job.model, batch, index)
+    with FastProducts():
+        made = call(job.model, batch, index)
     loss = _distance(made, target, job.stream.masks[index]) / share
     loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())

@@ -93,7 +93,7 @@ def test_the_stream_ends_where_the_model_ends(name: str) -> None:
         with torch.no_grad():
             expected = model(**batch)
         made = outputs_after_blocks(model, stream, batch, index)
-        assert torch.equal(made[0], expected[0])
+        torch.testing.assert_close(made[0], expected[0])
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -115,7 +115,7 @@ def test_layers_see_what_they_see_in_the_whole_model() -> None:
         whole = {f"{names[0]}.{n}": m for n, m in linears.items()}
         expected = inputs_of_model(model, whole, batches()[index], index)
         for key, x in rows.items():
-            assert torch.equal(x, expected[f"{names[0]}.{key}"])
+            torch.testing.assert_close(x, expected[f"{names[0]}.{key}"])
         assert rows["self_attn.q_proj"] is rows["self_attn.k_proj"]
         assert len(rows["mlp.down_proj"]) == int(batches()[index]["attention_mask"].sum())
 
@@ -158,7 +158,9 @@ def test_both_stacks_of_an_encoder_decoder() -> None:
         for index, batch in enumerate(data):
             with torch.no_grad():
                 expected = model(**batch, use_cache=False).logits
-            assert torch.equal(outputs_after_blocks(model, stream, batch, index).logits, expected)
+            torch.testing.assert_close(
+                outputs_after_blocks(model, stream, batch, index).logits, expected
+            )
 
 
 class Biased(nn.Module):
@@ -199,7 +201,9 @@ def test_what_the_first_block_makes_of_no_hidden_states_may_be_handed_on(source:
     for position, block in enumerate(model.blocks):
         advance(stream, position, block)
     for index, batch in enumerate(data):
-        assert torch.equal(outputs_after_blocks(model, stream, batch, index)[0], model(batch)[0])
+        torch.testing.assert_close(
+            outputs_after_blocks(model, stream, batch, index)[0], model(batch)[0]
+        )
 
 
 @pytest.mark.parametrize(
