@@ -37,6 +37,7 @@ def _seeded() -> Iterator[None]:
 def _only_torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether ptq's own kernels have been compiled on this machine decides nothing; tests of them
     compile them."""
+    monkeypatch.setenv("PTQ_NATIVE", "0")  # for processes that a test starts
     monkeypatch.setattr("ptq.native.library.library_loaded", lambda: False)
 
 

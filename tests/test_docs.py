@@ -36,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 GENERATED = {"accuracy.md", "performance.md"}
 """Made by scripts; their blocks are the benchmarks that measured them, of minutes to hours."""
 PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in GENERATED]
+FRONT = [ROOT / "README.md", ROOT / "FIGURES.md"]
 SHOWN = {"python", "bash", "yaml", "text", ""}
 """Languages of blocks: the first three run, the others are output."""
 VALIDATOR = Draft202012Validator(config_schema())
@@ -117,7 +118,7 @@ def test_every_block_runs(page: Path) -> None:
             assert len(str(skipped)) > 10, f"{page.name}, line {example.line}: give the reason"
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [*PAGES, *FRONT], ids=lambda p: p.name)
 def test_every_block_has_a_language_that_is_looked_at(page: Path) -> None:
     text = page.read_text()
     openings = re.findall(r"^ *```(.*)$", text, re.MULTILINE)[::2]
@@ -146,12 +147,13 @@ def parse(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
             raise AssertionError(f"{words}: {capsys.readouterr().err}") from None
 
 
-def test_the_commands_of_the_readme_are_known(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("page", FRONT, ids=lambda p: p.name)
+def test_the_commands_of_the_front_pages_are_known(
+    page: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (workplace / "docs").mkdir()
-    found = [words for block in blocks(ROOT / "README.md", "bash") for words in commands(block)]
-    assert len(found) > 20
+    found = [words for block in blocks(page, "bash") for words in commands(block)]
+    assert len(found) > 15
     for words in found:
         parse(words, capsys)
 
@@ -178,11 +180,11 @@ def test_the_python_of_the_readme_uses_what_there_is() -> None:
             assert getattr(ptq, name)
 
 
-def test_the_readme_has_what_the_site_takes_from_it() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_front_pages_have_what_the_site_takes_from_them() -> None:
     for page in PAGES:
-        for name in re.findall(r'--8<-- "README.md:(\w+)"', page.read_text()):
-            assert readme.count(f"[start:{name}]") == readme.count(f"[end:{name}]") == 1
+        for file, name in re.findall(r'--8<-- "([\w.]+):(\w+)"', page.read_text()):
+            text = (ROOT / file).read_text()
+            assert text.count(f"[start:{name}]") == text.count(f"[end:{name}]") == 1
 
 
 def test_the_site_builds(tmp_path: Path) -> None:

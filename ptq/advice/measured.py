@@ -1,6 +1,6 @@
 """Schemes and recipes that were measured, and what they gave.
 
-The figures are those of README.md and docs/accuracy.md (a test looks them up there), which name
+The figures are those of FIGURES.md and docs/accuracy.md (a test looks them up there), which name
 the commands: SmolLM2-135M-Instruct for language models, all-MiniLM-L6-v2 for sentence encoders, two
 cores of a CPU. Other models lose more or less; larger ones mostly less.
 """

@@ -36,6 +36,7 @@ from ptq.checkpoint.outputs import (
 from ptq.checkpoint.shard import dtype_name
 from ptq.errors import CheckpointError
 from ptq.modules import QuantLinear, quantized_modules
+from ptq.native import SWITCH, ready
 
 _BASE_BYTES = 600_000_000  # of a process with torch and transformers
 _PER_BYTE = 1.2  # of tensors: kernels' own forms, and what the model computes
@@ -158,9 +159,11 @@ def _ask(request: Request) -> Reply:
 
 
 def _environment() -> dict[str, str]:
-    """That of this process, with the places where it looks for modules, and without a network."""
+    """That of this process, with the places where it looks for modules, and without a network; and
+    with the kernels that this one has, whatever was compiled meanwhile."""
     places = [*(path for path in sys.path if path), str(Path(__file__).parents[2])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(places), "HF_HUB_OFFLINE": "1"}
+    own = {"PYTHONPATH": os.pathsep.join(places), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **own, SWITCH: "1" if ready() else "0"}
 
 
 def _compare_computed(model: nn.Module, reply: Reply) -> None:

@@ -5,6 +5,6 @@ read the canonical codes at any number of rows.
 """
 
 from ptq.native.build import build_kernels, find_compiler
-from ptq.native.library import native_reason, ready
+from ptq.native.library import SWITCH, native_reason, ready
 
-__all__ = ["build_kernels", "find_compiler", "native_reason", "ready"]
+__all__ = ["SWITCH", "build_kernels", "find_compiler", "native_reason", "ready"]

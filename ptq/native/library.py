@@ -1,5 +1,6 @@
 """Loading the compiled kernels as torch ops ``ptq::*``, and what graphs are told about them."""
 
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -9,11 +10,16 @@ from torch import Tensor
 
 from ptq.native.sources import library_path
 
+SWITCH = "PTQ_NATIVE"
+"""An environment variable: 0 leaves the kernels unused."""
+
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def native_reason() -> str | None:
     """Why ptq's own kernels cannot be used."""
     reason = processor_reason()
+    if reason is None and _switched_off():
+        return f"switched off by {SWITCH}=0"
     if reason is None and not ready():
         return "not compiled on this machine: `ptq build` does that once"
     return reason
@@ -37,10 +43,14 @@ def ready() -> bool:
 def library_loaded() -> bool:
     """Load the library if it has been built."""
     path = library_path()
-    if processor_reason() is not None or not path.exists():
+    if processor_reason() is not None or _switched_off() or not path.exists():
         return False
     load(path)
     return True
+
+
+def _switched_off() -> bool:
+    return os.environ.get(SWITCH) == "0"
 
 
 def load(path: Path) -> None:

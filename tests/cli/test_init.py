@@ -51,7 +51,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, *given: str) -> list[str]:
 
 def test_every_figure_is_in_the_documentation() -> None:
     """A row that has the scheme and the figure, in a table or in a sentence."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "FIGURES.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(page.read_text() for page in pages)
     for m in MEASURED:
         figure = f"{m.figure:.4f}" if m.kind == "decoder" else f"{m.figure:g}"
@@ -90,7 +90,7 @@ def test_options_are_the_choices_of_the_advice() -> None:
     ],
 )
 def test_what_is_chosen(facts: Facts, wishes: dict[str, Any], scheme: str, steps: int) -> None:
-    """By hand from the tables of README.md."""
+    """By hand from the tables of FIGURES.md."""
     choice = choose(Wishes(**{"model": "m", "calibration": "c.txt", **wishes}), facts)
     assert choice.scheme == scheme
     assert len(choice.steps) == steps

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import ptq
 from ptq.algorithms import round_to_nearest
@@ -18,6 +19,7 @@ from ptq.kernels import Activation, Kernel, LinearSpec, quantize_activation, row
 from ptq.kernels.cpu_native import NativeFloat, NativeInt8
 from ptq.modules import QuantLinear, join
 from ptq.native import library
+from tests.helpers import SIZES
 from tests.kernels.test_conformance import (
     ACTIVATIONS,
     WEIGHTS,
@@ -29,6 +31,7 @@ from tests.kernels.test_conformance import (
 )
 
 pytestmark = pytest.mark.usefixtures("kernels")
+LOADED = library.library_loaded  # before tests replace it
 ROWS = (1, 2, 3, 8, 9, 16, 17, 33, 70)  # one row, few, one panel and two, an odd number of panels
 SHAPES = ((48, 128), (33, 256), (5, 64))
 
@@ -41,6 +44,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
     monkeypatch.setenv("XDG_CACHE_HOME", str(shared))
+    monkeypatch.delenv("PTQ_NATIVE")
     loaded = functools.cache(lambda: True)  # as the function itself, once it has found the file
     monkeypatch.setattr("ptq.native.build.library_loaded", loaded)
     monkeypatch.setattr("ptq.native.library.library_loaded", loaded)
@@ -94,6 +98,27 @@ def test_what_they_do_not_serve() -> None:
 def test_without_having_been_compiled_they_say_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ptq.native.library.library_loaded", lambda: False)
     assert "ptq build" in str(NativeInt8().supports(spec_of("w8a8")))
+
+
+def test_a_variable_switches_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PTQ_NATIVE", "0")
+    monkeypatch.setattr("ptq.native.library.library_loaded", LOADED)
+    assert not library.ready()
+    assert "PTQ_NATIVE" in str(NativeInt8().supports(spec_of("w8a8")))
+
+
+@pytest.mark.fresh_process
+@pytest.mark.parametrize("has_them", [True, False])
+def test_the_process_that_verifies_has_the_kernels_of_this_one(
+    has_them: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is compiled while a long run goes on."""
+    monkeypatch.setattr("ptq.native.library.library_loaded", lambda: has_them)
+    config = LlamaConfig(**{**SIZES, "hidden_size": 64, "intermediate_size": 128})
+    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    ptq.quantize(model, "w4a16-g32-asym")
+    assert ("native_float" in str(ptq.explain(model)).split("not ")[0]) == has_them
+    ptq.save(model, tmp_path / "out", verify="process")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -150,7 +150,8 @@ def test_several_layers_at_once() -> None:
     assert InPlace(model, data()).distance(changes) == pytest.approx(
         by_hand(model, other, data()), rel=1e-3
     )
-    assert InPlace(model, data()).distance({}) == 0
+    # Blocks round float32 in another order than the whole model does.
+    assert 0 <= InPlace(model, data()).distance({}) < 1e-12
 
 
 class _Stop(BaseException):
