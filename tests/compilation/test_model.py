@@ -146,7 +146,7 @@ def test_what_is_exchanged_after_compiling_is_used(how: str) -> None:
     elif how == "parameter":
         norm.weight = nn.Parameter(torch.linspace(1, 9, norm.weight.numel()))
     elif how == "data":
-        model.lm_head.weight.data = model.lm_head.weight.data.flip(0).clone()
+        model.lm_head.weight.data = model.lm_head.weight.data[:64].clone()
     else:
         model.bfloat16()
     eager = copy.deepcopy(model)
