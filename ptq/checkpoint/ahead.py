@@ -5,7 +5,6 @@ another computes, so small tensors are left for when the caller waits. Only so m
 :meth:`Ahead.begin_rest` as is soon done: the caller may yet find that the files are not to be read.
 """
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,9 +48,8 @@ class Ahead(AbstractContextManager["Ahead[T]"], Generic[T]):
         self._stack.callback(self._pool.shutdown, cancel_futures=True)
         left = _EARLY
         for path, key, stored in self._places:
-            size = math.prod(stored.shape) * stored.dtype.itemsize
-            if _LARGE <= size <= left:
-                left -= size
+            if _LARGE <= stored.nbytes <= left:
+                left -= stored.nbytes
                 self._begin(path, key, stored)
 
     def begin_rest(self) -> None:

@@ -47,12 +47,8 @@ def load_config(root: Path) -> PretrainedConfig:
     Raises:
         CheckpointError: it cannot be used.
     """
-    path = inside(root, CONFIG)
-    read_json(path)
-    try:
+    with _usable(inside(root, CONFIG)):
         config = AutoConfig.from_pretrained(root, trust_remote_code=False)
-    except NONSENSE as error:
-        raise CheckpointError(f"{path} cannot be used: {first_line(error)}") from None
     assert isinstance(config, PretrainedConfig)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -65,10 +61,16 @@ def generation_config(root: Path) -> GenerationConfig:
     Raises:
         CheckpointError: it cannot be used.
     """
-    path = inside(root, GENERATION_CONFIG)
+    with _usable(inside(root, GENERATION_CONFIG)):
+        return GenerationConfig.from_pretrained(root)
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """Within it, transformers reads a JSON file, which is read for mistakes of its own before."""
     read_json(path)
     try:
-        return GenerationConfig.from_pretrained(root)
+        yield
     except NONSENSE as error:
         raise CheckpointError(f"{path} cannot be used: {first_line(error)}") from None
 

@@ -57,6 +57,10 @@ class Stored:
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.bfloat16`` to ``"bfloat16"``."""
@@ -264,7 +268,7 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     storage = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
     mapped = {}
     for key, stored in header.items():
-        size = math.prod(stored.shape) * stored.dtype.itemsize
+        size = stored.nbytes
         raw = torch.empty(0, dtype=torch.uint8).set_(storage, stored.start, (size,))  # type: ignore[call-overload]
         mapped[key] = raw.view(stored.dtype).reshape(stored.shape)
     return mapped

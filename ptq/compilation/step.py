@@ -50,9 +50,8 @@ class CompiledStep:
     def _stale(self) -> bool:
         """It is not compiled, or for weights, or forms of them, that the model has no more."""
         return (
-            self._compiled is None
+            self._snapshot is None
             or self._releases != sum(layer.releases for layer in self._layers)
-            or self._snapshot is None
             or not self._snapshot.holds()
         )
 

@@ -11,22 +11,22 @@ DTypeNameOrAuto = Literal["float32", "float16", "bfloat16", "auto"]
 Named = Annotated[str, Field(min_length=1)]
 Sources = Annotated[list[str], Field(min_length=1)]
 
-Texts = Annotated[
-    list[str],
-    BeforeValidator(
-        lambda v: [v] if isinstance(v, str) else v, json_schema_input_type=Sources | str
-    ),
-]
+
+def _texts_from_one(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[list[str], BeforeValidator(_texts_from_one, json_schema_input_type=Sources | str)]
 
 NotBlank = Annotated[str, Field(pattern=r"\S")]
 Prompts = Annotated[
     list[NotBlank],
     BeforeValidator(
-        lambda v: [v] if isinstance(v, str) else v,
+        _texts_from_one,
         json_schema_input_type=Annotated[list[NotBlank], Field(min_length=1)] | NotBlank,
     ),
 ]
-TextsField = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+TextsField = Annotated[list[str], BeforeValidator(_texts_from_one)]
 """Several texts; one alone needs no list."""
 
 S = TypeVar("S", bound="Section")

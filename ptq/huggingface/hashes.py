@@ -1,7 +1,6 @@
 """The tensors of weight files against the hashes in their headers, in threads."""
 
 import hashlib
-import math
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,13 +38,15 @@ def hash_check(
 
 
 def _sha256(descriptor: int, stored: Stored) -> str:
-    size = math.prod(stored.shape) * stored.dtype.itemsize
-    if size == 0:
+    if stored.nbytes == 0:
         return hashlib.sha256().hexdigest()
     skipped = stored.start % mmap.ALLOCATIONGRANULARITY
     with (
         mmap.mmap(
-            descriptor, skipped + size, access=mmap.ACCESS_READ, offset=stored.start - skipped
+            descriptor,
+            skipped + stored.nbytes,
+            access=mmap.ACCESS_READ,
+            offset=stored.start - skipped,
         ) as mapped,
         memoryview(mapped) as data,
         data[skipped:] as part,
