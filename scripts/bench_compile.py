@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from arguments import command_line, model_parser
 from figures import write_figures
+from model_candidates import RANDOM, random_in_memory
 from racing import compared, race, timed
 from torch import Tensor
 
 from ptq.command import output_file, positive, run_command
+from ptq.model import resolve_device
 from ptq.report import Console, environment
 
 SCHEMES = ("w8a8", "w4a16-g64")
@@ -29,6 +31,8 @@ BASES = ("bfloat16", "bfloat16 compiled")
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = model_parser(__doc__)
+    parser.add_argument("--random", choices=RANDOM, help="random weights in place of --model")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument(
         "--head", metavar="SCHEME", help="quantize the output head too, for instance with w8a8"
@@ -46,7 +50,11 @@ def build(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The bfloat16 model and a quantized copy for each scheme."""
     import ptq
 
-    model, _ = ptq.load_float(options.model, dtype="bfloat16")
+    device = resolve_device(options.device)
+    if options.random:
+        model = random_in_memory(options.random, torch.bfloat16, device)
+    else:
+        model = ptq.load_float(options.model, dtype="bfloat16")[0].to(device)
     models = {"bfloat16": model}
     head = [{"layers": "lm_head", "scheme": options.head}] if options.head else []
     tied = {"tied_embeddings": "untie"} if options.head else {}
@@ -79,7 +87,8 @@ def bench(options: argparse.Namespace, console: Console) -> None:
     import ptq
 
     models = build(options, console)
-    ids = torch.randint(5, models["bfloat16"].config.vocab_size, (1, options.prompt))
+    model = models["bfloat16"]
+    ids = torch.randint(5, model.config.vocab_size, (1, options.prompt)).to(model.device)
     first_tokens = {}
     for name in list(models):
         compiled = copy.deepcopy(models[name])
@@ -107,7 +116,8 @@ def bench(options: argparse.Namespace, console: Console) -> None:
         )
     if options.json:
         document = {
-            "model": options.model, "head": options.head,
+            "model": f"random weights, {options.random}" if options.random else options.model,
+            "device": options.device, "head": options.head,
             "command": options.command, "environment": environment(), "rows": rows,
         }  # fmt: skip
         write_figures(options.json, document)

@@ -36,6 +36,7 @@ from racing import compared, race, speeds
 
 from ptq.command import output_file, positive, run_command
 from ptq.errors import ConfigError
+from ptq.model import resolve_device
 from ptq.report import Console, environment
 
 SCHEMES = ("w8a8", "w8a16", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64")
@@ -45,6 +46,7 @@ BASES = ("bfloat16", "float32")
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = model_parser(__doc__)
     parser.add_argument("--random", choices=RANDOM, help="random weights in place of --model")
+    parser.add_argument("--device", default="cpu", help="of ptq's models and the float ones")
     parser.add_argument("--schemes", nargs="*", default=SCHEMES)
     parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES,
                         help="float models to compare with")  # fmt: skip
@@ -87,13 +89,16 @@ def build(
     """All that take turns, loaded; they keep nothing in ``work``."""
     import ptq
 
+    device = resolve_device(options.device)
     source, longest = work / "float", max(*options.prefill, options.decode_after)
     if options.random:
         random_model(options.random, options.dtype, source)
     else:
         ptq.load_float(options.model, dtype=options.dtype)[0].save_pretrained(source)
-    request = Request(options.dtype, options.head, options.embeddings, options.tune, longest)
-    made = [float_candidate(source, base, longest) for base in options.bases]
+    request = Request(
+        options.dtype, options.head, options.embeddings, options.tune, longest, device
+    )
+    made = [float_candidate(source, base, longest, device) for base in options.bases]
     for scheme in options.schemes:
         console.stage(scheme)
         made.append(quantized_candidate(source, scheme, request, console))

@@ -6,19 +6,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from make_random_checkpoint import parse_arguments, write
+import torch
+from make_random_checkpoint import model_config, parse_arguments, write
 from model_turns import Turns, own_memory, weight_bytes
 from racing import timed
+from transformers import AutoModelForCausalLM
 
 from ptq.config import torch_dtype
 from ptq.report import Console
 
 RANDOM = {
     "llama-1b": {"layers": 16, "hidden": 2048, "intermediate": 8192, "heads": 32, "kv-heads": 8},
+    "llama-8b": {"layers": 32, "hidden": 4096, "intermediate": 14336, "heads": 32, "kv-heads": 8},
     "tiny": {"layers": 2, "hidden": 64, "intermediate": 128, "heads": 4, "kv-heads": 2,
              "vocab": 96, "positions": 64},
 }  # fmt: skip
-"""Shapes of models with random weights: that of Llama 3.2 1B, and one to try a benchmark with."""
+"""Shapes of models with random weights: of Llama 3.2 1B and 3.1 8B, and one to try a benchmark
+with."""
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Request:
         embeddings: scheme of the embeddings and a head that is tied to them, or None.
         memory: of ``ptq.tune``; None: the rule of thumb.
         longest: tokens that a turn may take.
+        device: that the models run on.
     """
 
     dtype: str
@@ -58,6 +63,7 @@ class Request:
     embeddings: str | None
     memory: float | None
     longest: int
+    device: torch.device
 
     def configuration(self, scheme: str) -> dict[str, Any]:
         """Of ``ptq.quantize``."""
@@ -68,18 +74,28 @@ class Request:
         return asked
 
 
+def random_in_memory(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """A float model of random weights that no file has."""
+    sizes = [word for key, size in RANDOM[name].items() for word in (f"--{key}", str(size))]
+    config = model_config(parse_arguments(["--out", "", *sizes]))
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
 def random_model(name: str, dtype: str, directory: Path) -> None:
     """Write a float model of random weights, one block at a time."""
     sizes = [word for key, size in RANDOM[name].items() for word in (f"--{key}", str(size))]
     write(parse_arguments(["--out", str(directory), "--dtype", dtype, *sizes]))
 
 
-def float_candidate(directory: Path, dtype: str, longest: int) -> Candidate:
+def float_candidate(directory: Path, dtype: str, longest: int, device: torch.device) -> Candidate:
     """The float model in a dtype."""
     import ptq
 
     made: list[Any] = []
-    seconds = timed(lambda: made.append(own_memory(ptq.load_float(directory, dtype=dtype)[0])))
+    seconds = timed(
+        lambda: made.append(own_memory(ptq.load_float(directory, dtype=dtype)[0]).to(device))
+    )
     return _candidate(dtype, made[0], longest, seconds)
 
 
@@ -93,9 +109,10 @@ def quantized_candidate(
     with TemporaryDirectory() as folder:
         quantized, _ = ptq.load_float(directory, dtype=request.dtype)
         ptq.quantize(quantized, request.configuration(scheme), console=console)
-        ptq.save(quantized, Path(folder) / "out")
+        out = Path(folder) / "out"
+        ptq.save(quantized, out)
         del quantized
-        seconds = timed(lambda: made.append(ptq.load(Path(folder) / "out")))
+        seconds = timed(lambda: made.append(ptq.load(out, device=request.device)))
     candidate = _candidate(scheme, made[0], request.longest, seconds)
     if request.memory is not None:
         dtype = torch_dtype(request.dtype)

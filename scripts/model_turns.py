@@ -24,7 +24,8 @@ class Turns:
     def __init__(self, model: Any, longest: int) -> None:
         generator = torch.Generator().manual_seed(0)
         shape = (1, longest)
-        self.ids = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+        ids = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+        self.ids = ids.to(model.device)
         self.model = model
         self.caches: dict[int, Any] = {}
 

@@ -6,11 +6,18 @@ from collections.abc import Callable
 from statistics import median, quantiles
 from typing import Any
 
+import torch
+
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
+    """Seconds that a call takes, until a GPU has done what it was given too."""
+    waits = torch.cuda.is_initialized()
+    if waits:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     action()
+    if waits:
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

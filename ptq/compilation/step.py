@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ptq.compilation.common_subexpressions import CommonSubexpressions
 from ptq.compilation.regions import Region, as_regions, find_regions
@@ -42,7 +43,8 @@ class CompiledStep:
             self._compile(options)
         if not _attends_by_sdpa_on_cpu(self.model):
             with as_regions(self._regions):
-                return self._compiled(*arguments, **options)
+                output = self._compiled(*arguments, **options)
+            return _own_memory(output) if self.model.device.type == "cuda" else output
         mask = additive(options.get("attention_mask"), _dtype(self.model))
         with _plain_attention(self.model.config), as_regions(self._regions):
             return self._compiled(*arguments, **{**options, "attention_mask": mask})
@@ -66,6 +68,8 @@ class CompiledStep:
             "post_grad_custom_pre_pass": CommonSubexpressions(),
             "size_asserts": False,
         }
+        if self.model.device.type == "cuda":  # else launching takes longer than computing
+            settings["triton.cudagraphs"] = True
         # Static: a step has one length, that of the cache. Once another compiled model has made
         # torch see a mask's length as dynamic, a region is not reused (KeyError in torch 2.13).
         self._compiled = torch.compile(_own(self.model), dynamic=False, options=settings)
@@ -108,6 +112,15 @@ def _own(model: Any) -> Callable[..., Any]:
         return model(*arguments, **options)
 
     return FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)
+
+
+def _own_memory(output: Any) -> Any:
+    """What a step returned in memory of its own: the next replay of a CUDA graph writes to the same
+    memory again. The cache stays: it was the caller's before."""
+    for name, value in output.items():
+        if name != "past_key_values":
+            output[name] = tree_map_only(Tensor, Tensor.clone, value)
+    return output
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

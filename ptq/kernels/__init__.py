@@ -6,8 +6,9 @@ from ptq.kernels.cpu_int8pack import Int8Pack
 from ptq.kernels.cpu_int_mm import IntMM
 from ptq.kernels.cpu_onednn import OneDnn
 from ptq.kernels.cpu_two_digit import TwoDigit
-from ptq.kernels.cuda import CudaInt4, CudaInt8Pack, CudaIntMM
+from ptq.kernels.cuda import CudaInt4, CudaIntMM
 from ptq.kernels.cuda_fp8 import CudaFloat8
+from ptq.kernels.cuda_triton import TritonFloat, TritonInt8
 from ptq.kernels.dequantize import DequantizeBlocks
 from ptq.kernels.memory import aligned
 from ptq.kernels.reference import Reference
@@ -20,7 +21,6 @@ __all__ = [
     "Activation",
     "CudaFloat8",
     "CudaInt4",
-    "CudaInt8Pack",
     "CudaIntMM",
     "DequantizeBlocks",
     "Int4Pack",
@@ -32,6 +32,8 @@ __all__ = [
     "Reference",
     "Resident",
     "RowRange",
+    "TritonFloat",
+    "TritonInt8",
     "TwoDigit",
     "aligned",
     "quantize_activation",

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ptq.config import ActivationScheme
 from ptq.formats import FORMATS, FloatFormat
+from ptq.kernels.triton_launch import quantize_rows
+from ptq.kernels.triton_ready import triton_reason
 from ptq.native import ready
 
 _CHUNK = 1 << 18  # elements: their float32 values fit a core's cache
@@ -73,7 +75,8 @@ def quantize_activation(
         return Activation(codes, scale)
     if scheme.mode == "dynamic" and scheme.symmetric:
         if _in_one_pass(x, dtype):
-            return Activation(*torch.ops.ptq.quantize_rows(x.contiguous(), dtype))
+            quantize = torch.ops.ptq.quantize_rows if x.device.type == "cpu" else quantize_rows
+            return Activation(*quantize(x.contiguous(), dtype))
         codes, scale = by_chunks(lambda part: symmetric_codes(part, 127), x, dtype)
         return Activation(codes, scale)
     values = x.float()
@@ -92,11 +95,12 @@ def quantize_activation(
 
 def _in_one_pass(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether ptq's own op quantizes x, to the same bits; compilers make one pass themselves."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+    if torch.compiler.is_compiling() or x.numel() == 0:
         return False
-    if dtype not in (torch.int8, torch.bfloat16):
-        return False
-    return x.numel() > 0 and not torch.compiler.is_compiling() and ready()
+    if x.device.type == "cuda":
+        return triton_reason() is None and x.dtype != torch.float64
+    fits = x.dtype in (torch.float32, torch.bfloat16) and dtype in (torch.int8, torch.bfloat16)
+    return x.device.type == "cpu" and fits and ready()
 
 
 def symmetric_codes(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:

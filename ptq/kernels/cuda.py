@@ -21,7 +21,7 @@ from ptq.kernels.integer import (
     integer_reason,
     integer_tolerance,
 )
-from ptq.kernels.spec import LinearSpec, few_rows, int8_reason
+from ptq.kernels.spec import LinearSpec, few_rows
 
 _MIN_ROWS = 17  # _int_mm on CUDA wants more than 16 rows
 
@@ -68,7 +68,7 @@ class CudaInt4:
 
     name: str = "cuda_int4pack"
     integer: bool = False
-    rows: int = 64
+    rows: int = 16
     inner_k_tiles: int = 8
     ops: Any = torch
 
@@ -110,44 +110,3 @@ class CudaInt4:
         group = op_group(spec)
         assert group is not None
         return spec.n * spec.k // 2 + spec.n * spec.k // group * 4
-
-
-@dataclass(frozen=True)
-class CudaInt8Pack:
-    """``aten::_weight_int8pack_mm``: weight-only int8, a simple kernel; good for a few rows."""
-
-    name: str = "cuda_int8pack"
-    integer: bool = False
-    rows: int = 8
-    ops: Any = torch
-
-    def supports(self, spec: LinearSpec) -> str | None:
-        if spec.device != "cuda":
-            return "for CUDA devices"
-        reason = int8_reason(spec)
-        if reason is not None:
-            return reason
-        if spec.activations is not None:
-            return "for float activations"
-        if spec.dtype not in (torch.float32, torch.bfloat16):
-            return "for float32 and bfloat16, which hold every scale"
-        return None
-
-    def declines(self, spec: LinearSpec) -> str | None:
-        return few_rows(spec, self.rows)
-
-    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        scale = weight.scale.reshape(-1).expand(weight.shape[0])
-        return weight.codes, scale.to(dtype).contiguous()
-
-    def linear(self, x: Activation, prepared: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-        codes, scale = prepared
-        values, row_scale = x.as_float(scale.dtype)
-        y: Tensor = self.ops._weight_int8pack_mm(values.contiguous(), codes, scale)
-        return scaled(y, row_scale, dtype)
-
-    def tolerance(self, spec: LinearSpec) -> float:
-        return 4 * torch.finfo(spec.dtype).eps
-
-    def extra_bytes(self, spec: LinearSpec) -> int:
-        return spec.n * spec.dtype.itemsize

@@ -10,8 +10,9 @@ from ptq.kernels.cpu_native import NativeFloat, NativeInt8
 from ptq.kernels.cpu_nibble_groups import UnpackGroups
 from ptq.kernels.cpu_onednn import OneDnn, OneDnnTwoDigit, Requantized
 from ptq.kernels.cpu_two_digit import TwoDigit
-from ptq.kernels.cuda import CudaInt4, CudaInt8Pack, CudaIntMM
+from ptq.kernels.cuda import CudaInt4, CudaIntMM
 from ptq.kernels.cuda_fp8 import CudaFloat8
+from ptq.kernels.cuda_triton import TritonFloat, TritonInt8
 from ptq.kernels.dequantize import DequantizeBlocks
 from ptq.kernels.reference import Reference
 from ptq.kernels.resident import Resident
@@ -28,8 +29,9 @@ KERNELS: tuple[Kernel, ...] = (
     TwoDigit(),
     Int8Pack(),
     Int4Pack(),
+    TritonInt8(),
+    TritonFloat(),
     CudaIntMM(),
-    CudaInt8Pack(),
     CudaInt4(),
     CudaFloat8(),
     Resident(),

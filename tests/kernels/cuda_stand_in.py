@@ -1,7 +1,7 @@
 """CUDA ops of torch on a machine without a GPU: the documented contract enforced, then computed.
 
 The contracts are those of torch 2.13's CUDA implementations (aten/src/ATen/native/cuda: Blas.cpp
-for _int_mm, int4mm.cu for the tinygemm ops, int8mm.cu, ScaledBlas.cpp for _scaled_mm). A call
+for _int_mm, int4mm.cu for the tinygemm ops, ScaledBlas.cpp for _scaled_mm). A call
 outside them raises, as on a GPU.
 """
 
@@ -65,12 +65,6 @@ class CudaOps:
         scale, zero = (t.t().float().repeat_interleave(group, dim=1) for t in sz.unbind(-1))
         weight = (tiles.codes.float() - 8) * scale + zero
         return (x.float() @ weight.t()).to(torch.bfloat16)
-
-    def _weight_int8pack_mm(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        assert x.dim() == 2 and x.is_contiguous() and x.is_floating_point()
-        assert weight.dtype == torch.int8 and weight.is_contiguous()
-        assert scale.dim() == 1 and scale.shape[0] == weight.shape[0]
-        return ((x.float() @ weight.t().float()) * scale.float()).to(x.dtype)
 
     def _scaled_mm(
         self, a: Tensor, b: Tensor, *, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype

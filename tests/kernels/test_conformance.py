@@ -18,7 +18,6 @@ from ptq.kernels import (
     Activation,
     CudaFloat8,
     CudaInt4,
-    CudaInt8Pack,
     CudaIntMM,
     Kernel,
     LinearSpec,
@@ -31,8 +30,8 @@ from ptq.kernels.cpu_int_mm import int_product
 from ptq.kernels.cpu_two_digit import two_digits
 from tests.kernels.cuda_stand_in import CudaOps
 
-CPU_KERNELS = [k for k in KERNELS if not k.name.startswith(("cuda", "native"))]
-CUDA_KERNELS = [made(ops=CudaOps()) for made in (CudaIntMM, CudaInt8Pack, CudaInt4, CudaFloat8)]
+CPU_KERNELS = [k for k in KERNELS if not k.name.startswith(("cuda", "native", "triton"))]
+CUDA_KERNELS = [made(ops=CudaOps()) for made in (CudaIntMM, CudaInt4, CudaFloat8)]
 ROWS = (1, 2, 7, 16, 17, 33, 130)
 SHAPES = ((48, 128), (33, 256), (17, 48), (5, 40), (64, 24))
 WEIGHTS = (

@@ -1,0 +1,142 @@
+"""CUDA kernels over the canonical codes, as Triton programs: no second form of the weight."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptq.core import QuantizedWeight
+from ptq.kernels.activations import Activation
+from ptq.kernels.integer import integer_reason, integer_tolerance
+from ptq.kernels.spec import LinearSpec, few_rows
+from ptq.kernels.triton_launch import (
+    float_linear,
+    float_linear_op,
+    integer_linear,
+    integer_linear_op,
+)
+from ptq.kernels.triton_ready import triton_reason
+
+
+@dataclass(frozen=True)
+class TritonWeight:
+    """The canonical codes with what the programs read beside them.
+
+    Args:
+        scale: [N, groups].
+        zero_point: int8, shaped like scale, or None.
+        row_sum: int32 [N], of the codes; empty for float activations.
+        group: the group size; 0 for one scale a row.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    row_sum: Tensor
+    group: int
+    packed: bool
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight, sums: bool) -> "TritonWeight":
+        rows = weight.shape[0]
+        zero_point = weight.zero_point
+        codes = weight.codes if sums else weight.packed[:0]
+        return cls(
+            weight.packed,
+            weight.scale.expand(rows, -1).contiguous(),
+            None if zero_point is None else zero_point.expand(rows, -1).contiguous(),
+            codes.sum(dim=1, dtype=torch.int32),
+            weight.granularity.group_size or 0,
+            weight.format.bits == 4,
+        )
+
+
+def codes_reason(spec: LinearSpec) -> str | None:
+    """Why the programs cannot read the codes."""
+    if spec.device != "cuda":
+        return "for CUDA devices"
+    if spec.format.name not in ("int4", "int8"):
+        return f"for int8 and int4 codes, not {spec.format.name}"
+    if spec.format.bits == 4 and spec.k % 2:
+        return f"K={spec.k} must be even for packed codes"
+    reason: str | None = triton_reason()
+    return reason
+
+
+def kept_bytes(spec: LinearSpec) -> int:
+    """Of the scale and zero point of a whole weight, repeated for each row."""
+    return 5 * spec.n if spec.granularity.kind == "tensor" else 0
+
+
+@dataclass(frozen=True)
+class TritonInt8:
+    """int8 activations times int8 or int4 codes in int32; zero points and scales on the sum."""
+
+    name: str = "triton_int8"
+    integer: bool = True
+
+    def supports(self, spec: LinearSpec) -> str | None:
+        return codes_reason(spec) or integer_reason(spec)
+
+    def declines(self, spec: LinearSpec) -> str | None:
+        return None
+
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> TritonWeight:
+        return TritonWeight.of(weight, sums=True)
+
+    def linear(self, x: Activation, prepared: TritonWeight, dtype: torch.dtype) -> Tensor:
+        w = prepared
+        assert x.scale is not None
+        call = integer_linear_op if torch.compiler.is_compiling() else integer_linear
+        y: Tensor = call(
+            x.values.contiguous(), x.scale, x.zero_point, w.codes, w.scale, w.zero_point,
+            w.row_sum, w.packed, dtype,
+        )  # fmt: skip
+        return y
+
+    def tolerance(self, spec: LinearSpec) -> float:
+        return integer_tolerance(spec)
+
+    def extra_bytes(self, spec: LinearSpec) -> int:
+        return kept_bytes(spec) + 4 * spec.n
+
+
+@dataclass(frozen=True)
+class TritonFloat:
+    """A few rows of float activations: the codes become float on their way to the product."""
+
+    name: str = "triton_float"
+    integer: bool = False
+    rows: int = 16
+
+    def supports(self, spec: LinearSpec) -> str | None:
+        group = spec.granularity.group_size or 0
+        if group & (group - 1) or group > 1024 or 0 < group < 8:
+            return f"groups of {group}: a power of two from 8 to 1024"
+        if spec.dtype == torch.float16 and group:
+            return "float16 may not hold a small weight of a group"
+        if spec.dtype not in (torch.bfloat16, torch.float16):
+            return "for bfloat16 and float16 activations"
+        return codes_reason(spec)
+
+    def declines(self, spec: LinearSpec) -> str | None:
+        return few_rows(spec, self.rows)
+
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> TritonWeight:
+        return TritonWeight.of(weight, sums=False)
+
+    def linear(self, x: Activation, prepared: TritonWeight, dtype: torch.dtype) -> Tensor:
+        w = prepared
+        values, x_scale = x.as_float(dtype)
+        call = float_linear_op if torch.compiler.is_compiling() else float_linear
+        y: Tensor = call(
+            values.contiguous(), x_scale, w.codes, w.scale, w.zero_point, w.group, w.packed
+        )
+        return y
+
+    def tolerance(self, spec: LinearSpec) -> float:
+        # x - zero point, the weight and the scaled product are rounded.
+        return 4 * torch.finfo(spec.dtype).eps
+
+    def extra_bytes(self, spec: LinearSpec) -> int:
+        return kept_bytes(spec)
