@@ -95,11 +95,12 @@ def bench(options: argparse.Namespace, console: Console) -> None:
         start = time.perf_counter()
         ptq.compile(compiled, max_length=options.prompt + options.tokens)
         first_tokens[name] = time.perf_counter() - start
+        console.say(f"{name:24} compiled in {first_tokens[name]:.0f} s")
         models[f"{name} compiled"] = compiled
     candidates = {
         name: partial(decode, model, ids, options.tokens) for name, model in models.items()
     }
-    race(candidates, 0)
+    race(candidates, 0, turns=1)
     times = race(candidates, options.seconds)
     rows = []
     for name in models:
@@ -112,7 +113,6 @@ def bench(options: argparse.Namespace, console: Console) -> None:
             f"{row['speed_over_bfloat16']:5.2f}x bfloat16 eager "
             f"[{row['spread_over_bfloat16'][0]:.2f}, {row['spread_over_bfloat16'][1]:.2f}]  "
             f"{row['speed_over_bfloat16 compiled']:5.2f}x bfloat16 compiled"
-            + (f"  compiled in {first_tokens[name]:.0f} s" if name in first_tokens else "")
         )
     if options.json:
         document = {

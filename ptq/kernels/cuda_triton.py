@@ -103,16 +103,16 @@ class TritonInt8:
 
 @dataclass(frozen=True)
 class TritonFloat:
-    """A few rows of float activations: the codes become float on their way to the product."""
+    """Float activations, some dozen rows: the codes become float on their way to the product."""
 
     name: str = "triton_float"
     integer: bool = False
-    rows: int = 16
+    rows: int = 128
 
     def supports(self, spec: LinearSpec) -> str | None:
         group = spec.granularity.group_size or 0
-        if group & (group - 1) or group > 1024 or 0 < group < 8:
-            return f"groups of {group}: a power of two from 8 to 1024"
+        if group & (group - 1) or group > 256 or 0 < group < 8:
+            return f"groups of {group}: a power of two from 8 to 256"
         if spec.dtype == torch.float16 and group:
             return "float16 may not hold a small weight of a group"
         if spec.dtype not in (torch.bfloat16, torch.float16):

@@ -11,6 +11,7 @@ from torch import Tensor
 from ptq.kernels.triton_ready import on_device_of
 
 _FEW = 32  # rows up to which tiles of 16 rows are fastest
+_NARROW = 1024  # outputs below which larger tiles leave a GPU idle
 _WIDE_TILES = 100  # this many tiles of 128 x 128 fill a GPU
 
 
@@ -46,14 +47,16 @@ def float_linear(
     }
     with on_device_of(x):
         if m == 1:
-            programs.float_row[(-(-n // 4),)](
+            bn, bk = _row_tiles(n)
+            programs.float_row[(-(-n // bn),)](
                 x, scales, codes, scale, zeros, y, n, k, groups,
-                BN=4, BK=1024, num_warps=4, **flags,
+                BN=bn, BK=bk, num_warps=4, **flags,
             )  # fmt: skip
         else:
-            programs.float_rows[(-(-n // 32), -(-m // 16))](
+            bm, bn, bk, stages = _float_tiles(m, n, group)
+            programs.float_rows[(-(-n // bn), -(-m // bm))](
                 x, scales, codes, scale, zeros, y, m, n, k, groups, _by_row(x_scale),
-                BM=16, BN=32, BK=max(256, group), num_warps=4, num_stages=4, **flags,
+                BM=bm, BN=bn, BK=bk, num_warps=4, num_stages=stages, **flags,
             )  # fmt: skip
     return y
 
@@ -90,9 +93,10 @@ def integer_linear(
     }
     with on_device_of(x):
         if m == 1:
-            programs.integer_row[(-(-n // 4),)](
+            bn, bk = _row_tiles(n)
+            programs.integer_row[(-(-n // bn),)](
                 x, x_scale, x_zeros, codes, scale, zeros, y, n, k,
-                BN=4, BK=1024, num_warps=4, **flags,
+                BN=bn, BK=bk, num_warps=4, **flags,
             )  # fmt: skip
         else:
             bm, bn, bk, warps, stages = _integer_tiles(m, n)
@@ -138,6 +142,20 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _by_row(x_scale: Tensor | None) -> int:
     """The programs' ``x_step``: whether each row of x has a scale of its own."""
     return int(x_scale is not None and x_scale.shape[0] > 1)
+
+
+def _row_tiles(n: int) -> tuple[int, int]:
+    """Outputs and columns of a tile, for one row of x."""
+    return (2, 2048) if n < _NARROW else (4, 1024)
+
+
+def _float_tiles(m: int, n: int, group: int) -> tuple[int, int, int, int]:
+    """Rows of x, outputs and columns of a tile, and stages."""
+    if m > _FEW:
+        return (64, 64, 128, 3) if group <= 128 else (64, 64, 256, 2)
+    if group:
+        return 16, 64 if n >= _NARROW and group >= 32 else 32, 256, 4
+    return 16, 16 if n <= 2 * _NARROW else 32, 256, 5
 
 
 def _integer_tiles(m: int, n: int) -> tuple[int, int, int, int, int]:

@@ -12,11 +12,14 @@ _MAGIC = tl.constexpr(0x4B000000)  # 2^23 as float32: a whole number below it, o
 
 
 @triton.jit
-def _codes_in_float(byte, PACKED: tl.constexpr):
-    """float32 codes of bytes: a nibble in the low half (PACKED), else int8.
+def _codes(byte, PACKED: tl.constexpr):
+    """Codes of bytes: of the nibble in the low half (PACKED), else int8."""
+    return (byte & 15).to(tl.int8) - 8 if PACKED else byte
 
-    Without the units that convert integers, of which a GPU has few.
-    """
+
+@triton.jit
+def _codes_in_float(byte, PACKED: tl.constexpr):
+    """float32 codes of bytes, without the units that convert integers, of which a GPU has few."""
     if PACKED:
         stored = (byte & 15).to(tl.int32)
         offset = 8388616.0  # 2^23 + 8
@@ -63,9 +66,9 @@ def dequantize(
         half = tl.program_id(1) * (BK // 2) + tl.arange(0, BK // 2)
         there = (n < rows)[:, None] & (half < columns // 2)[None, :]
         byte = tl.load(codes + wide * (columns // 2) + half[None, :], there, 0)
-        value = _codes_in_float(tl.interleave(byte, byte >> 4), PACKED)
+        value = _codes(tl.interleave(byte, byte >> 4), PACKED).to(tl.float32)
     else:
-        value = _codes_in_float(tl.load(codes + wide * columns + k[None, :], inside, 0), PACKED)
+        value = tl.load(codes + wide * columns + k[None, :], inside, 0).to(tl.float32)
     place = wide + tl.zeros((1, BK), tl.int64)
     if GROUP:
         place = wide * groups + (k // GROUP)[None, :]
@@ -78,7 +81,7 @@ def dequantize(
 @triton.jit
 def _products(byte, x, step, point, PACKED: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr):
     """float32 [BN, width]: ``(code - point) * x``, times the step of a group if there are some."""
-    value = _codes_in_float(byte, PACKED)
+    value = _codes(byte, PACKED).to(tl.float32)
     if GROUP:
         BN: tl.constexpr = byte.shape[0]
         width: tl.constexpr = byte.shape[1]
@@ -167,11 +170,12 @@ def float_rows(
             half = start // 2 + tl.arange(0, BK // 2)
             there = some & (half < columns // 2)[None, :]
             byte = tl.load(codes + wide * (columns // 2) + half[None, :], there, 0)
-            value = _codes_in_float(tl.interleave(byte, byte >> 4), PACKED)
+            byte = tl.interleave(byte, byte >> 4)
         else:
             there = some & (k < columns)[None, :]
-            value = _codes_in_float(tl.load(codes + wide * columns + k[None, :], there, 0), PACKED)
+            byte = tl.load(codes + wide * columns + k[None, :], there, 0)
         if GROUP:
+            value = _codes_in_float(byte, PACKED)
             g = start // GROUP + tl.arange(0, BK // GROUP)
             known = some & (g < groups)[None, :]
             step = tl.load(scale + wide * groups + g[None, :], known, 0.0).to(tl.float32)
@@ -180,8 +184,10 @@ def float_rows(
                 points = tl.load(zero + wide * groups + g[None, :], known, 0).to(tl.float32)
                 value -= points[:, :, None]
             value = (value * step[:, :, None]).reshape(BN, BK)
-        elif ZERO:
-            value -= point[:, None]
+        else:
+            value = _codes(byte, PACKED).to(tl.float32)
+            if ZERO:
+                value -= point[:, None]
         each = tl.load(x + long * columns + k[:, None], few & (k < columns)[:, None], 0)
         total = tl.dot(value.to(x.dtype.element_ty), each, total)
     if not GROUP:

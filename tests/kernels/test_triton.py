@@ -57,6 +57,15 @@ def test_equals_the_reference_where_it_claims_to(weights: dict, activations: dic
 
 @pytest.mark.parametrize("m", [64, 130])
 @pytest.mark.parametrize("n", [64, 1664])
+def test_every_tile(n: int, m: int) -> None:
+    for weights in ({"symmetric": False}, {"format": "int4", "group_size": 8}):
+        weight = make_weight(n, 136, make_scheme(weights, None))
+        x = torch.randn(m, 136).half()
+        check(TritonFloat(), LinearSpec.of(weight, None, "cuda", torch.float16, m), weight, x)
+
+
+@pytest.mark.parametrize("m", [64, 130])
+@pytest.mark.parametrize("n", [64, 1664])
 def test_every_tile_of_the_integer_kernel(n: int, m: int) -> None:
     scheme = make_scheme({"symmetric": False}, {"mode": "dynamic", "symmetric": False})
     weight = make_weight(n, 136, scheme)
@@ -104,8 +113,8 @@ def test_a_row_with_nan_stays_nan() -> None:
     ("scheme", "m", "name"),
     [
         ({"format": "int8"}, 1, "triton_float"),
-        ({"format": "int4", "group_size": 64}, 16, "triton_float"),
-        ({"format": "int4", "group_size": 64}, 17, "dequantize"),
+        ({"format": "int4", "group_size": 64}, 128, "triton_float"),
+        ({"format": "int4", "group_size": 64}, 129, "dequantize"),
         ({"format": "int3", "group_size": 64}, 1, "cuda_int4pack"),
     ],
 )
