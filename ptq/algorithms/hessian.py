@@ -33,18 +33,25 @@ class Factor:
     notes: tuple[str, ...]
 
 
-def order_of(second: Tensor, act_order: bool) -> Tensor:
-    """int64 [K]: the columns in the order in which they are rounded, large inputs first."""
-    if not act_order:
-        return torch.arange(second.shape[0], device=second.device)
+def falling(second: Tensor) -> Tensor:
+    """int64 [K]: the columns, those with large inputs first."""
     return torch.argsort(second.diagonal(), descending=True, stable=True)
 
 
-def factorize(second: Tensor, order: Tensor, damping: float) -> Factor | None:
+def grouped(second: Tensor, size: int) -> Tensor:
+    """int64 [K]: the columns by groups of so many, those with the largest inputs in the first; in
+    a group they are in the order of the inputs, which is what ``g_idx`` of a file can say."""
+    return falling(second).view(-1, size).sort(1).values.flatten()
+
+
+def factorize(second: Tensor, order: Tensor | None, damping: float) -> Factor | None:
     """Damp H by a share of its mean diagonal, more of it until it has a Cholesky factor.
 
     Channels that are always zero are left out of that mean. The damping makes them harmless: they
     are rounded to nearest. (A one in their place, as in the paper, would drown small inputs.)
+
+    Args:
+        order: int64 [K], in which the columns are rounded; None: as they are.
 
     Returns:
         None where the largest damping is not enough.
@@ -54,7 +61,7 @@ def factorize(second: Tensor, order: Tensor, damping: float) -> Factor | None:
     for step in _LADDER:
         damped = second.clone()
         damped.diagonal().add_(damping * step * mean)
-        ordered = damped[order][:, order]
+        ordered = damped if order is None else damped[order][:, order]
         upper = _inverse_factor(ordered)
         if upper is None:
             upper = _inverse_factor(ordered.double())
