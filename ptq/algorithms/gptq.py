@@ -18,7 +18,7 @@ from ptq.algorithms.base import InputMoments, Outcome
 from ptq.algorithms.clip import ClipOptions
 from ptq.algorithms.compensate import Compensation
 from ptq.algorithms.descent import Descent
-from ptq.algorithms.hessian import factorize, falling, grouped, output_error
+from ptq.algorithms.hessian import factorize, falling, grouped, in_order, output_error
 from ptq.algorithms.rtn import nearest_codes, round_to_nearest
 from ptq.config import WeightScheme
 from ptq.core import QuantizedWeight
@@ -126,7 +126,7 @@ class _Form:
     def sorted(self, order: Tensor) -> "_Form":
         """With the columns in this order."""
         pull = None if self.pull is None else self.pull[:, order]
-        return _Form(self.weight[:, order], self.second[order][:, order], pull)
+        return _Form(self.weight[:, order], in_order(self.second, order), pull)
 
     def error(self, made: QuantizedWeight) -> float:
         """See :func:`~ptq.algorithms.hessian.output_error`; of codes in the order of the form."""

@@ -61,22 +61,32 @@ def factorize(second: Tensor, order: Tensor | None, damping: float) -> Factor | 
     for step in _LADDER:
         damped = second.clone()
         damped.diagonal().add_(damping * step * mean)
-        ordered = damped if order is None else damped[order][:, order]
-        upper = _inverse_factor(ordered)
+        upper = _inverse_factor(in_order(damped, order))
         if upper is None:
-            upper = _inverse_factor(ordered.double())
+            upper = _inverse_factor(in_order(damped, order).double())
         if upper is not None:
             raised = f"damping raised from {damping:g} to {damping * step:g}"
             return Factor(damped, upper.float(), () if step == 1 else (raised,))
     return None
 
 
+def in_order(matrix: Tensor, order: Tensor | None) -> Tensor:
+    """Rows and columns of [K, K] in this order; None: the matrix itself."""
+    return matrix if order is None else matrix[order[:, None], order]
+
+
 def _inverse_factor(matrix: Tensor) -> Tensor | None:
-    """U with ``U^T U`` the inverse of the matrix; None where rounding has left it indefinite."""
+    """U with ``U^T U`` the inverse of the matrix; None where rounding has left it indefinite.
+
+    No more than two matrices are held at a time, and what the caller keeps.
+    """
     lower, failed = torch.linalg.cholesky_ex(matrix)
+    del matrix
     if int(failed):
         return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
     return None if int(failed) or not bool(upper.isfinite().all()) else upper
 
 
