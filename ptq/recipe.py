@@ -38,6 +38,11 @@ class Recipe:
         """Whether the float model's hidden states are followed beside the quantized ones."""
         return bool(self.refinements or self.finishes) or self.algorithm.needs_cross
 
+    def decided(self, scheme: Scheme) -> Scheme:
+        """The scheme of a linear layer, with what the algorithm decides whatever the data."""
+        ordered = self.algorithm.orders_inputs(scheme.weights, self.options)
+        return scheme.model_copy(update={"input_order": True}) if ordered else scheme
+
     def __str__(self) -> str:
         return ", ".join(self.names)
 

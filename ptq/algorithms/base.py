@@ -51,6 +51,7 @@ class Algorithm:
         options: the pydantic model of its options.
         needs_moments: it needs :class:`InputMoments` (without them: round to nearest, noted).
         needs_cross: and their ``cross``.
+        orders_inputs: ``(scheme, options)``: whether the codes will have an ``input_order``.
         by_rows: the rows of a weight are quantized independently, so that layers which read the
             same input can be one weight, which saves time.
     """
@@ -60,3 +61,4 @@ class Algorithm:
     needs_moments: bool = False
     needs_cross: bool = False
     by_rows: bool = False
+    orders_inputs: Callable[[WeightScheme, Any], bool] = lambda scheme, options: False

@@ -58,17 +58,17 @@ class Compensation:
 
     Args:
         scheme: of the codes.
-        order: int64 [K], the columns in the order in which they are rounded.
+        order: int64 [K], the columns in the order in which they are rounded; None: as they are.
         upper: float32 [K, K], see :class:`ptq.algorithms.hessian.Factor`.
         importance: float32 [K], the mean squares of the inputs, for the search of scales.
         search: the options of that search.
         block: columns between two updates of the rest.
         sequential: each group's scale is chosen when its first column is reached, from the weights
-            as the errors so far have left them; needs the columns in their own order.
+            as the errors so far have left them; needs the columns as they are.
     """
 
     scheme: WeightScheme
-    order: Tensor
+    order: Tensor | None
     upper: Tensor
     importance: Tensor
     search: ClipOptions
@@ -83,16 +83,22 @@ class Compensation:
         else:
             qparams = search_qparams(target, self.scheme, self.importance, self.search)
         codes = Codes.of(qparams, rows, columns)
-        work = target.T[self.order].contiguous()
+        order = self._columns(target)
+        work = target.T[order].contiguous()
         for start, end in self._blocks(columns, codes.group_size):
             if self.sequential and start % codes.group_size == 0:
                 self._rescale(work, codes, start)
-            errors = self._round_block(work, codes, start, end)
+            errors = self._round_block(work[start:end], codes, order[start:end], start)
             work[end:] -= product(self.upper[start:end, end:].T, errors.T)
         steps = torch.empty_like(work)
-        steps[self.order] = work
+        steps[order] = work
         codes.steps = steps
         return codes
+
+    def _columns(self, target: Tensor) -> Tensor:
+        if self.order is not None:
+            return self.order
+        return torch.arange(target.shape[1], device=target.device)
 
     def _blocks(self, columns: int, group_size: int) -> Iterator[tuple[int, int]]:
         """First and last + 1 of the columns of each block. Where scales are chosen on the way, a
@@ -105,14 +111,14 @@ class Compensation:
             yield start, end
             start = end
 
-    def _round_block(self, work: Tensor, codes: Codes, start: int, end: int) -> Tensor:
-        """Put steps in the place of the weights of a block.
+    def _round_block(self, block: Tensor, codes: Codes, columns: Tensor, start: int) -> Tensor:
+        """Put steps in the place of the weights of a block, [B, N], of these columns.
 
         Returns:
-            [end - start, N]: what the columns after the block have to take up.
+            [B, N]: what the columns after the block have to take up.
         """
-        fmt, block = self.scheme.int_format, work[start:end]
-        groups = self.order[start:end] // codes.group_size
+        fmt, end = self.scheme.int_format, start + len(block)
+        groups = columns // codes.group_size
         scale, zero_point = codes.scale[groups], codes.zero_point[groups]
         low, high = fmt.qmin - zero_point, fmt.qmax - zero_point
         upper = self.upper[start:end, start:end]

@@ -7,21 +7,28 @@ give on its own input x what the float layer gives on the float input x + d, whi
 weight ``W + W C H^-1`` (:mod:`ptq.algorithms.hessian` has the letters).
 """
 
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from ptq.algorithms.base import InputMoments, Outcome
 from ptq.algorithms.clip import ClipOptions
 from ptq.algorithms.compensate import Compensation
 from ptq.algorithms.descent import Descent
-from ptq.algorithms.hessian import factorize, order_of, output_error
+from ptq.algorithms.hessian import factorize, falling, grouped, in_order, output_error
 from ptq.algorithms.rtn import nearest_codes, round_to_nearest
 from ptq.config import WeightScheme
 from ptq.core import QuantizedWeight
 from ptq.formats import IntFormat
+
+ActOrder = Literal["none", "static", "permuted"]
+
+
+def _from_flag(value: Any) -> Any:
+    return {True: "static", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class GptqOptions(ClipOptions):
@@ -31,8 +38,13 @@ class GptqOptions(ClipOptions):
     damping: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.01, description="added to H's diagonal, as a share of its mean"
     )
-    act_order: bool = Field(
-        True, description="columns with large inputs first; scales from the first weights"
+    act_order: Annotated[
+        ActOrder, BeforeValidator(_from_flag, json_schema_input_type=ActOrder | bool)
+    ] = Field(
+        "static",
+        description="columns with large inputs first. static (true): groups of neighbours, scales "
+        "from the first weights; permuted: groups of inputs alike in size, each scale from the "
+        "weights when its group is reached, and a layer that sorts its input; none (false)",
     )
     block: Annotated[int, Field(ge=1)] = Field(
         64, description="columns between two updates of the rest"
@@ -65,6 +77,10 @@ def gptq(
     moments cannot be used.
     """
     plain = round_to_nearest(weight, scheme)
+    order = None
+    if orders_inputs(scheme, options):
+        order = torch.arange(weight.shape[1], device=weight.device)
+        plain = replace(plain, input_order=order.to(torch.int32))
     if not isinstance(scheme.number_format, IntFormat):
         note = f"{scheme.format} codes have no even steps: rounded to nearest"
         return Outcome(plain, (note,))
@@ -75,14 +91,46 @@ def gptq(
         return Outcome(plain, ("its second moment has NaN or Inf: rounded to nearest",))
     weight = weight.detach().float()
     pull, notes = _pull(weight, moments, options)
-    made, more = _quantized(weight, scheme, second, pull, options)
+    form = _Form(weight, second, pull)
+    theirs = form.error(plain)
+    if order is not None:
+        order = grouped(second, scheme.granularity_value.group_size or len(second))
+        form = form.sorted(order)
+    made, more = _quantized(form, scheme, options)
     notes += more
     if made is None:
         return Outcome(plain, notes)
-    ours, theirs = (output_error(weight, q, second, pull) for q in (made, plain))
+    ours = form.error(made)
     if not ours <= theirs or ours == torch.inf:
         return Outcome(plain, (*notes, "worse than round to nearest, which takes its place"))
+    if order is not None:
+        made = replace(made, input_order=order.to(torch.int32))
     return Outcome(made, notes)
+
+
+def orders_inputs(scheme: WeightScheme, options: GptqOptions) -> bool:
+    """Whether the codes have an ``input_order``: with one scale for a row there is nothing to
+    sort, and ``permuted`` is as ``static``."""
+    integers = isinstance(scheme.number_format, IntFormat)
+    return options.act_order == "permuted" and scheme.granularity == "group" and integers
+
+
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """The quadratic form of a layer: W [N, K], H [K, K], and B [N, K] or None, all float32."""
+
+    weight: Tensor
+    second: Tensor
+    pull: Tensor | None
+
+    def sorted(self, order: Tensor) -> "_Form":
+        """With the columns in this order."""
+        pull = None if self.pull is None else self.pull[:, order]
+        return _Form(self.weight[:, order], in_order(self.second, order), pull)
+
+    def error(self, made: QuantizedWeight) -> float:
+        """See :func:`~ptq.algorithms.hessian.output_error`; of codes in the order of the form."""
+        return output_error(self.weight, made, self.second, self.pull)
 
 
 def _pull(
@@ -99,28 +147,20 @@ def _pull(
 
 
 def _quantized(
-    weight: Tensor,
-    scheme: WeightScheme,
-    second: Tensor,
-    pull: Tensor | None,
-    options: GptqOptions,
+    form: _Form, scheme: WeightScheme, options: GptqOptions
 ) -> tuple[QuantizedWeight | None, tuple[str, ...]]:
     """GPTQ, and descent from there; None, with a note, where H cannot be factorized."""
-    order = order_of(second, options.act_order)
-    factor = factorize(second, order, options.damping)
+    sequential = scheme.granularity == "group" and options.act_order != "static"
+    order = None if sequential or options.act_order == "none" else falling(form.second)
+    factor = factorize(form.second, order, options.damping)
     if factor is None:
         return None, ("its second moment is not positive definite: rounded to nearest",)
-    target = weight
-    if pull is not None:
-        target = weight + torch.linalg.solve(factor.hessian, pull, left=False)
+    target = form.weight
+    if form.pull is not None:
+        target = target + torch.linalg.solve(factor.hessian, form.pull, left=False)
+    importance = form.second.diagonal()
     codes = Compensation(
-        scheme,
-        order,
-        factor.upper,
-        second.diagonal(),
-        options,
-        options.block,
-        sequential=scheme.granularity == "group" and not options.act_order,
+        scheme, order, factor.upper, importance, options, options.block, sequential
     ).run(target)
     if options.refine or options.tune_scales:
         descent = Descent(codes, target, factor.hessian, scheme)

@@ -33,18 +33,25 @@ class Factor:
     notes: tuple[str, ...]
 
 
-def order_of(second: Tensor, act_order: bool) -> Tensor:
-    """int64 [K]: the columns in the order in which they are rounded, large inputs first."""
-    if not act_order:
-        return torch.arange(second.shape[0], device=second.device)
+def falling(second: Tensor) -> Tensor:
+    """int64 [K]: the columns, those with large inputs first."""
     return torch.argsort(second.diagonal(), descending=True, stable=True)
 
 
-def factorize(second: Tensor, order: Tensor, damping: float) -> Factor | None:
+def grouped(second: Tensor, size: int) -> Tensor:
+    """int64 [K]: the columns by groups of so many, those with the largest inputs in the first; in
+    a group they are in the order of the inputs, which is what ``g_idx`` of a file can say."""
+    return falling(second).view(-1, size).sort(1).values.flatten()
+
+
+def factorize(second: Tensor, order: Tensor | None, damping: float) -> Factor | None:
     """Damp H by a share of its mean diagonal, more of it until it has a Cholesky factor.
 
     Channels that are always zero are left out of that mean. The damping makes them harmless: they
     are rounded to nearest. (A one in their place, as in the paper, would drown small inputs.)
+
+    Args:
+        order: int64 [K], in which the columns are rounded; None: as they are.
 
     Returns:
         None where the largest damping is not enough.
@@ -54,22 +61,32 @@ def factorize(second: Tensor, order: Tensor, damping: float) -> Factor | None:
     for step in _LADDER:
         damped = second.clone()
         damped.diagonal().add_(damping * step * mean)
-        ordered = damped[order][:, order]
-        upper = _inverse_factor(ordered)
+        upper = _inverse_factor(in_order(damped, order))
         if upper is None:
-            upper = _inverse_factor(ordered.double())
+            upper = _inverse_factor(in_order(damped, order).double())
         if upper is not None:
             raised = f"damping raised from {damping:g} to {damping * step:g}"
             return Factor(damped, upper.float(), () if step == 1 else (raised,))
     return None
 
 
+def in_order(matrix: Tensor, order: Tensor | None) -> Tensor:
+    """Rows and columns of [K, K] in this order; None: the matrix itself."""
+    return matrix if order is None else matrix[order[:, None], order]
+
+
 def _inverse_factor(matrix: Tensor) -> Tensor | None:
-    """U with ``U^T U`` the inverse of the matrix; None where rounding has left it indefinite."""
+    """U with ``U^T U`` the inverse of the matrix; None where rounding has left it indefinite.
+
+    No more than two matrices are held at a time, and what the caller keeps.
+    """
     lower, failed = torch.linalg.cholesky_ex(matrix)
+    del matrix
     if int(failed):
         return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
     return None if int(failed) or not bool(upper.isfinite().all()) else upper
 
 

@@ -56,6 +56,11 @@ def quantize_together(
 def _alone(part: QuantizedWeight) -> QuantizedWeight:
     """In memory of its own."""
     zero_point = None if part.zero_point is None else part.zero_point.clone()
+    order = None if part.input_order is None else part.input_order.clone()
     return replace(
-        part, packed=part.packed.clone(), scale=part.scale.clone(), zero_point=zero_point
+        part,
+        packed=part.packed.clone(),
+        scale=part.scale.clone(),
+        zero_point=zero_point,
+        input_order=order,
     )

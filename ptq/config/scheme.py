@@ -126,7 +126,7 @@ class Scheme(Section):
     input_order: bool = Field(
         False,
         description="the weights of a group are of inputs that are not neighbours (act-order), so "
-        "that the layer sorts its input; read from checkpoints of other toolkits",
+        "that the layer sorts its input; decided by the recipe's step gptq (act_order: permuted)",
     )
 
     @model_validator(mode="after")

@@ -110,12 +110,12 @@ class QuantizationConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _order_is_read(self) -> Self:
+    def _order_is_an_option(self) -> Self:
         schemes = (self.scheme, self.embeddings, *(rule.scheme for rule in self.rules))
         if any(scheme is not None and scheme.input_order for scheme in schemes):
             raise ValueError(
-                "input_order is what a checkpoint of another toolkit has; leave it out: gptq "
-                "chooses the order of its columns by itself and keeps groups of neighbours"
+                "input_order is decided for each layer by the recipe; leave it out of the scheme "
+                "and give gptq the option act_order: permuted"
             )
         return self
 

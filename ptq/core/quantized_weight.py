@@ -89,6 +89,16 @@ class QuantizedWeight:
         """The float weight [N, K] that the codes stand for."""
         return dequantize(self.codes, self.scale, self.zero_point, self.granularity, dtype)
 
+    def sorted(self, columns: Tensor) -> Tensor:
+        """Columns [..., K] that are those of the inputs, in the order of the codes."""
+        return columns if self.input_order is None else columns[..., self.input_order.long()]
+
+    def restored(self, columns: Tensor) -> Tensor:
+        """The inverse of :meth:`sorted`: columns of the codes, in the order of the inputs."""
+        if self.input_order is None:
+            return columns
+        return columns[..., torch.argsort(self.input_order)]
+
     @property
     def nbytes(self) -> int:
         """Bytes of all the tensors held."""

@@ -107,12 +107,13 @@ class _Seen:
     def finish(self, ratio: float) -> InputFindings:
         e, count = self.energy, max(1, self.rows * self.suspect.layer.in_features)
         quantized = self.suspect.layer.scheme.activations is not None
+        restored = self.suspect.layer.quantized_weight.restored
         return InputFindings(
             decibels(e["x"], e["dx"]) if quantized else None,
             decibels(e["y"], e["dy"]),
             e["outside"] / count,
             self._used(),
-            () if self.largest is None else outliers(self.largest, ratio),
+            () if self.largest is None else outliers(restored(self.largest), ratio),
             self.rows,
             self._excess(),
         )

@@ -123,8 +123,8 @@ def try_remedies(in_place: InPlace, suspect: Suspect, rows: Tensor, kl: float) -
 
 
 def attempts(suspect: Suspect, rows: Tensor) -> Iterator[Attempt]:
-    """What applies to a layer of this scheme."""
-    scheme = suspect.layer.scheme
+    """What applies to a layer of this scheme; its groups become neighbours."""
+    scheme = suspect.layer.scheme.model_copy(update={"input_order": False})
     weights, activations = scheme.weights, scheme.activations
     fmt = weights.number_format
     yield Attempt("quantize it anew", scheme)

@@ -32,7 +32,8 @@ class Suspect:
     """Where its codes are."""
 
     def __post_init__(self) -> None:
-        space = InputSpace.of(self.layer.scheme, self.layer.in_features, self.columns)
+        scheme, columns = self.layer.scheme, self.layer.in_features
+        space = InputSpace.of(scheme, columns, self.columns, self.layer.input_order)
         object.__setattr__(self, "space", space)
 
     @property

@@ -12,6 +12,7 @@ from ptq.config import QuantizationConfig, Scheme, preset
 from ptq.errors import ConfigError
 from ptq.model import LayerInfo, read_layers
 from ptq.planning import LayerPlan, Plan, plan, quantized_bytes
+from ptq.recipe import Recipe, make_recipe
 
 SIZES = ("w3a16-g64-asym", "w4a16-g64-asym", "w4a16-g32-asym", "w6a16-g64-asym", "w8a16")
 """Default candidates where activations stay float."""
@@ -109,6 +110,7 @@ def make_space(
         ConfigError: nothing is left to choose.
     """
     made = plan(model, config.model_copy(update={"scheme": FITS_ALL}), dtype=dtype)
+    recipe = make_recipe(config.recipe, FITS_ALL)
     infos = {info.name: info for info in read_layers(model)}
     free = [layer for layer in made.layers if _is_free(layer, infos[layer.name], ends)]
     names = {layer.name for layer in free}
@@ -118,7 +120,7 @@ def make_space(
         members = [by_name[name] for name in group]
         first = infos[group[0]]
         wanted = ends if first.is_embedding or first.is_head else schemes
-        options = tuple(_options(members, infos, wanted, dtype))
+        options = tuple(_options(members, infos, wanted, recipe, dtype))
         if not options:
             raise ConfigError(
                 f"layer {group[0]} {list(first.shape)}: none of the candidates "
@@ -168,6 +170,7 @@ def _options(
     members: Sequence[LayerPlan],
     infos: Mapping[str, LayerInfo],
     schemes: Iterable[Scheme | None],
+    recipe: Recipe,
     dtype: torch.dtype | None,
 ) -> Iterator[Option]:
     for scheme in dict.fromkeys(schemes):
@@ -175,7 +178,9 @@ def _options(
             yield Option(None, sum(layer.bytes_before for layer in members))
         elif all(_fits(scheme, layer.shape) for layer in members):
             owners = [infos[layer.name] for layer in _owners(members)]
-            yield Option(scheme, sum(quantized_bytes(info, scheme, dtype) for info in owners))
+            looked_up = owners[0].is_embedding
+            written = scheme if looked_up else recipe.decided(scheme)
+            yield Option(scheme, sum(quantized_bytes(info, written, dtype) for info in owners))
 
 
 def _owners(members: Sequence[LayerPlan]) -> Sequence[LayerPlan]:

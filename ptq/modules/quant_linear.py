@@ -79,9 +79,8 @@ class QuantLinear(nn.Module):
 
     def float_weight(self, dtype: torch.dtype) -> Tensor:
         """What the codes stand for: the weight [out_features, in_features] of an ``nn.Linear``."""
-        weight = self.quantized_weight.dequantize(dtype if self.rotation is None else torch.float32)
-        if self.input_order is not None:
-            weight = weight[:, torch.argsort(self.input_order)]
+        held = self.quantized_weight
+        weight = held.restored(held.dequantize(dtype if self.rotation is None else torch.float32))
         return weight if self.rotation is None else self.rotation.restored(weight).to(dtype)
 
     def spec(self, device: str, dtype: torch.dtype, m: int) -> LinearSpec:

@@ -91,10 +91,17 @@ class SecondMoment:
             self._multiply(self.rows % _CHUNK)
         self._finished = True
         self._chunks.clear()
-        upper = self._sums[0].triu_()  # what is below the diagonal was not summed
-        upper += upper.triu(1).T
+        self._mirror(self._sums[0])
         means = [self._sums.pop(0).div_(self.rows).float() for _ in range(1 + self._cross)]
         return Moments(means[0], means[1] if self._cross else None, self.rows)
+
+    def _mirror(self, total: Tensor) -> None:
+        """Below the diagonal nothing was summed: put there what is above."""
+        for start in range(0, self.features, _PANEL):
+            end = start + _PANEL
+            total[end:, start:end] = total[start:end, end:].T
+            block = total[start:end, start:end]
+            block.copy_(block.triu() + block.triu(1).T)
 
     def _allocate(self, device: torch.device) -> None:
         kinds, k = 1 + self._cross, self.features

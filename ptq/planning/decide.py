@@ -13,6 +13,7 @@ from ptq.planning.refuse import refuse_idle_rules, refuse_quantized, refuse_with
 from ptq.planning.rules import matches
 from ptq.planning.sizes import quantized_bytes, tensor_bytes
 from ptq.planning.whole import LayerPlan, Plan
+from ptq.recipe import Recipe, make_recipe
 
 
 def plan(
@@ -52,7 +53,8 @@ def plan(
         )
     refuse_idle_rules(config.rules, infos, config)
     refuse_without_embedding(config, infos)
-    layers = tuple(_plan_layer(info, config, dtype) for info in infos)
+    recipe = make_recipe(config.recipe, config.scheme)
+    layers = tuple(_plan_layer(info, config, recipe, dtype) for info in infos)
     first_float = next((i.tensors[0].dtype for i in infos if i.tensors), torch.float32)
     made = Plan(layers, dtype or first_float)
     if not made.quantized:
@@ -79,12 +81,14 @@ def _why_nothing(made: Plan, linears: set[str]) -> str:
 
 
 def _plan_layer(
-    info: LayerInfo, config: QuantizationConfig, dtype: torch.dtype | None
+    info: LayerInfo, config: QuantizationConfig, recipe: Recipe, dtype: torch.dtype | None
 ) -> LayerPlan:
     scheme, reason, decided_by = _decide(info, config)
     before = sum(tensor_bytes(tensor, dtype) for tensor in info.tensors)
     after = before
     shares = info.tied_to if info.is_linear and config.tied_embeddings == "keep" else None
+    if scheme is not None and info.is_linear and shares is None:
+        scheme = recipe.decided(scheme)
     if scheme is not None:
         _check_fits(info, scheme, decided_by)
         if shares is None:

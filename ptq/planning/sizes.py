@@ -16,6 +16,8 @@ def quantized_bytes(info: LayerInfo, scheme: Scheme, dtype: torch.dtype | None) 
     total = rows * packed_width(columns, weights.number_format.bits) + scales * per_scale
     if scheme.activations is not None and scheme.activations.mode == "static":
         total += 4 if scheme.activations.symmetric else 8
+    if scheme.input_order:
+        total += 4 * columns
     return total + sum(tensor_bytes(t, dtype) for t in info.tensors if t.name != "weight")
 
 

@@ -207,9 +207,11 @@ def _moments(facts: Facts) -> Terms:
     sums = sum(8 * k * k + 4 * _MOMENT_ROWS * k for k in widths) * kinds
     largest = max(widths, default=0)
     most = max((n * k for n, k in (x.shape for x in facts.quantized_linears)), default=0)
+    ordered = any(x.scheme is not None and x.scheme.input_order for x in facts.quantized_linears)
+    square = (5 if ordered else 4) * largest * largest
     return {
         "second moments of a block's inputs": sums,
-        "the algorithm's matrices": 4 * (5 * largest * largest + 6 * most),
+        "the algorithm's matrices": 4 * (square + 6 * most),
     }
 
 

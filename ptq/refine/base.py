@@ -34,7 +34,8 @@ class LayerState:
     def show(self) -> None:
         """Let the float layer compute with what the codes stand for."""
         with torch.no_grad():
-            self.linear.weight.copy_(self.weight.dequantize(self.linear.weight.dtype))
+            made = self.weight.dequantize(self.linear.weight.dtype)
+            self.linear.weight.copy_(self.weight.restored(made))
 
 
 @dataclass(eq=False)

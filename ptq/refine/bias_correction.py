@@ -72,7 +72,7 @@ def mean_error(job: BlockJob, name: str) -> Tensor:
             exact.mask = rounded.mask = job.stream.masks[index]
             job.stream.calls[index][job.position].run(job.block, hidden)
     x, xq = exact.value(), rounded.value()
-    weight = state.weight.dequantize(torch.float32)
+    weight = state.weight.restored(state.weight.dequantize(torch.float32))
     # Not W x less Wq xq, of which hardly a digit would be left at 8 bits.
     return (state.original.float() - weight) @ x + weight @ (x - xq)
 

@@ -75,8 +75,9 @@ class _Gain:
 
     @torch.no_grad()
     def show(self) -> None:
-        weight = self.steps().mul_(self.scale * self.gain)
-        self.state.linear.weight.copy_(weight.reshape(self.state.weight.shape))
+        held = self.state.weight
+        weight = self.steps().mul_(self.scale * self.gain).reshape(held.shape)
+        self.state.linear.weight.copy_(held.restored(weight))
 
     @torch.no_grad()
     def pull(self) -> None:
@@ -85,7 +86,7 @@ class _Gain:
         if gradient is None:  # no token of the batch reached it (an expert)
             return
         steps = self.steps()
-        product = steps.mul_(gradient.float().reshape(steps.shape))
+        product = steps.mul_(self.state.weight.sorted(gradient.float()).reshape(steps.shape))
         self.gain.grad = product.sum(-1, keepdim=True).mul_(self.scale)
         self.state.linear.weight.grad = None
 

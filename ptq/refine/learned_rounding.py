@@ -63,7 +63,7 @@ class _Learned:
         scale = weight.scale.float().unsqueeze(-1)
         zero_point = None if weight.zero_point is None else weight.zero_point.float().unsqueeze(-1)
         codes = weight.granularity.split(weight.codes).float()
-        exact = weight.granularity.split(state.original.float()) / scale
+        exact = weight.granularity.split(weight.sorted(state.original.float())) / scale
         u = exact if zero_point is None else exact + zero_point
         # A code at the end of its range stands for all that lies beyond it.
         low = torch.where(codes == weight.format.qmin, -torch.inf, codes - _EDGE)
@@ -84,12 +84,13 @@ class _Learned:
         self.round()
         if self.zero_point is not None:
             self.codes.sub_(self.zero_point)
-        weight = self.state.linear.weight
+        weight, held = self.state.linear.weight, self.state.weight
         scale = self.scale * self.gain
-        if weight.dtype == torch.float32 and weight.is_contiguous():
+        plain = held.input_order is None and weight.dtype == torch.float32
+        if plain and weight.is_contiguous():
             torch.mul(self.codes, scale, out=weight.view(self.codes.shape))
         else:
-            weight.copy_((self.codes * scale).view(weight.shape))
+            weight.copy_(held.restored((self.codes * scale).view(weight.shape)))
 
     @torch.no_grad()
     def step(self, rate: float, options: LearnedRoundingOptions) -> None:
@@ -97,7 +98,7 @@ class _Learned:
         gradient = self.state.linear.weight.grad
         if gradient is None:  # no token of the batch reached it (an expert)
             return
-        parts = gradient.float().reshape(self.exact.shape)
+        parts = self.state.weight.sorted(gradient.float()).reshape(self.exact.shape)
         if options.scales:
             # d(weight)/d(scale): straight through the rounding, the code less the exact quotient.
             slope = self.codes.sub_(self.exact / self.gain)

@@ -72,11 +72,12 @@ class WeightRecorder:
 
 
 def _pieces(original: Tensor, weight: QuantizedWeight) -> Iterator[tuple[Tensor, QuantizedWeight]]:
-    """Some rows at a time, in float32, with their codes: memory stays bounded."""
+    """Some rows at a time, in float32 and in the order of their codes, with these: memory stays
+    bounded."""
     step = max(1, _ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        values = original[rows].float()
+        values = weight.sorted(original[rows].float())
         yield (
             values,
             replace(

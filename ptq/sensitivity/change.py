@@ -62,38 +62,51 @@ def _hook(read: Read) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor]
 @dataclass(frozen=True, eq=False)
 class InputSpace:
     """The coordinates in which a layer's input is rounded: its channels divided by a scale, then
-    rotated.
+    rotated, then sorted.
 
     Args:
         scale: float32 [K], or None for ones.
+        order: int [K], a permutation, or None.
     """
 
     rotation: Rotation | None = None
     scale: Tensor | None = None
+    order: Tensor | None = None
 
     @classmethod
-    def of(cls, scheme: Scheme, columns: int, scale: Tensor | None = None) -> "InputSpace":
+    def of(
+        cls,
+        scheme: Scheme,
+        columns: int,
+        scale: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> "InputSpace":
         """That of a scheme, for a layer with so many input channels."""
-        return cls(None if scheme.input_rotation is None else Rotation.of(columns), scale)
+        rotation = None if scheme.input_rotation is None else Rotation.of(columns)
+        return cls(rotation, scale, None if order is None else order.long())
 
     @property
     def plain(self) -> bool:
         """The input is rounded as it is."""
-        return self.rotation is None and self.scale is None
+        return self.rotation is None and self.scale is None and self.order is None
 
     def enter(self, rows: Tensor) -> Tensor:
         """The input [R, K] in these coordinates."""
         rows = rows if self.scale is None else rows / self.scale.to(rows)
-        return rows if self.rotation is None else self.rotation(rows)
+        rows = rows if self.rotation is None else self.rotation(rows)
+        return rows if self.order is None else rows[:, self.order]
 
     def weight(self, weight: Tensor) -> Tensor:
         """The weight [N, K] that goes with them, float32."""
         weight = weight.float() if self.scale is None else weight.float() * self.scale
-        return weight if self.rotation is None else self.rotation.weight(weight)
+        weight = weight if self.rotation is None else self.rotation.weight(weight)
+        return weight if self.order is None else weight[:, self.order]
 
     def restored(self, weight: Tensor) -> Tensor:
         """The weight [N, K] of the layer's own input, float32."""
-        weight = weight.float() if self.rotation is None else self.rotation.restored(weight.float())
+        weight = weight.float()
+        weight = weight if self.order is None else weight[:, self.order.argsort()]
+        weight = weight if self.rotation is None else self.rotation.restored(weight)
         return weight if self.scale is None else weight / self.scale
 
 
@@ -111,7 +124,7 @@ def change_of(
         own: the float weight [N, K], which stays where the weights are not the part.
         space: where the codes and the input are (default: as the scheme says).
     """
-    space = space or InputSpace.of(scheme, own.shape[1])
+    space = space or InputSpace.of(scheme, own.shape[1], order=quantized.input_order)
     if scheme.activations is None and part == "activations":
         return Change()
     if scheme.activations is None or part == "weights":

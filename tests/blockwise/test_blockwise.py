@@ -16,6 +16,7 @@ from ptq.recipe import make_recipe
 from tests.helpers import tiny_bert, tiny_llama, tiny_tokens
 
 LEARNED = {"name": "learned_rounding", "options": {"iterations": 30, "sequences": 2}}
+PERMUTED = {"name": "gptq", "options": {"act_order": "permuted"}}
 DISTILL = {"name": "distill", "options": {"epochs": 3}}
 
 
@@ -47,8 +48,13 @@ def divergence(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
 
 @pytest.mark.parametrize("scheme", ["w3a16-g16", "w3a16-g16-asym", "w4a8-g16", "w4a8-g16-static"])
 @pytest.mark.parametrize(
-    "recipe", [["gptq"], ["gptaq"], ["rtn", LEARNED], ["gptq", LEARNED], ["gptq", DISTILL]], ids=str
-)
+    "recipe",
+    [
+        ["gptq"], ["gptaq"], ["rtn", LEARNED], ["gptq", LEARNED], ["gptq", DISTILL],
+        [PERMUTED, LEARNED, DISTILL],
+    ],
+    ids=str,
+)  # fmt: skip
 def test_calibrated_recipes_are_nearer_to_the_float_model(recipe: Any, scheme: str) -> None:
     plain = divergence(
         quantized(["smoothquant"] if "static" in scheme else ["rtn"], scheme), data()

@@ -100,6 +100,7 @@ def test_the_checkpoint_is_the_same_bit_for_bit(
         {"recipe": ["rtn"], "tied_embeddings": "untie",
          "rules": [{"layers": "lm_head", "scheme": "w8a16"}]},
         {"recipe": ["gptq"], "embeddings": "w8a16"},
+        {"recipe": [{"name": "gptq", "options": {"act_order": "permuted"}}]},
     ],
     ids=str,
 )  # fmt: skip

@@ -83,7 +83,7 @@ def test_a_note_is_everybodys() -> None:
     scheme = preset("w4a16-g16")
 
     def noted(weight: Tensor, *_: object) -> Outcome:
-        made: QuantizedWeight = GPTQ.quantize(weight, scheme.weights, None, None).weight
+        made: QuantizedWeight = GPTQ.quantize(weight, scheme.weights, None, GPTQ.options()).weight
         return Outcome(made, ("a remedy",))
 
     made = quantize_together(

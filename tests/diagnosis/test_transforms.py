@@ -1,6 +1,7 @@
 """Recipes that rescale what layers read: no fault is found in what they did, but one in damage."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ptq.pipeline import quantize
 from ptq.report import Console
 from tests.helpers import tiny_llama
 
+PERMUTED = {"name": "gptq", "options": {"act_order": "permuted"}}
 FAULTS = {"scale", "zero_point", "codes", "weight_clipping"}
 
 
@@ -20,7 +22,7 @@ def data(seed: int = 3) -> list[dict[str, Tensor]]:
     return [{"input_ids": torch.randint(0, 97, (2, 24), generator=generator)} for _ in range(2)]
 
 
-def smoothed(scheme: str, recipe: list[str]) -> tuple[nn.Module, nn.Module]:
+def smoothed(scheme: str, recipe: list[Any]) -> tuple[nn.Module, nn.Module]:
     """A model with outliers, and what a recipe makes of it."""
     model = tiny_llama()
     for block in ("model.layers.0", "model.layers.1"):
@@ -38,9 +40,10 @@ def smoothed(scheme: str, recipe: list[str]) -> tuple[nn.Module, nn.Module]:
         ("w4a16-g16-asym", ["awq"]),
         ("w8a8", ["smoothquant", "rotation"]),
         ("w8a8", ["rotation", "gptq"]),
+        ("w4a8-g16", ["rotation", PERMUTED]),
     ],
 )
-def test_a_recipe_is_no_damage(scheme: str, recipe: list[str]) -> None:
+def test_a_recipe_is_no_damage(scheme: str, recipe: list[Any]) -> None:
     model, quantized = smoothed(scheme, recipe)
     found = diagnose(model, data(), quantized, top=1)
     assert not FAULTS & {layer.cause for layer in found.layers}, str(found)
@@ -50,8 +53,8 @@ def test_a_recipe_is_no_damage(scheme: str, recipe: list[str]) -> None:
     assert best.kl_before == found.layers[0].kl
 
 
-@pytest.mark.parametrize("recipe", ["smoothquant", "awq"])
-def test_damage_behind_a_recipe(recipe: str) -> None:
+@pytest.mark.parametrize("recipe", ["smoothquant", "awq", PERMUTED], ids=str)
+def test_damage_behind_a_recipe(recipe: Any) -> None:
     model, quantized = smoothed("w4a8-g16", [recipe])
     unrelated, scaled_up = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.gate_proj"
     permuted_groups(quantized.get_submodule(unrelated))  # type: ignore[arg-type]

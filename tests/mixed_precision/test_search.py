@@ -81,9 +81,12 @@ def test_the_script_writes_a_recipe_that_runs(recipe: Path, capsys) -> None:
         assert not line.startswith("  - ") or "# " in first
 
 
-def test_choices_and_bytes(loaded) -> None:
+@pytest.mark.parametrize("act_order", ["static", "permuted"])
+def test_choices_and_bytes(loaded, act_order: str) -> None:
     """Bytes of every option are those of the model quantized like that."""
     model, _, config = loaded
+    recipe = [{"name": "gptq", "options": {"act_order": act_order}}]
+    config = as_config({**config.model_dump(), "recipe": recipe})
     schemes = [preset("w3a16-g16-asym"), preset("w8a16"), preset("w4a16-g64"), None]
     space = make_space(model, config, schemes, dtype=torch.bfloat16)
     groups = [choice.layers for choice in space.choices]

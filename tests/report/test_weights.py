@@ -21,6 +21,26 @@ def quantized(scheme: str, rows: int = 24, columns: int = 64) -> tuple[Tensor, p
     return linear.weight.detach(), quant_linear(linear, ptq.config.preset(scheme))
 
 
+def sorted_by(layer: ptq.QuantLinear, weight: Tensor) -> Tensor:
+    """Let the layer's codes be for another order of the inputs; the float weight that goes with
+    them."""
+    order = torch.randperm(layer.in_features, generator=torch.Generator().manual_seed(4))
+    layer.scheme = layer.scheme.model_copy(update={"input_order": True})
+    layer.input_order = order.to(torch.int32)
+    found = torch.empty_like(weight)
+    found[:, order] = weight
+    return found
+
+
+def test_the_error_of_codes_in_another_order() -> None:
+    weight, layer = quantized("w4a16-g32")
+    recorders = WeightRecorder(), WeightRecorder()
+    recorders[0].see("a", weight, layer.quantized_weight)
+    weight = sorted_by(layer, weight)
+    recorders[1].see("a", weight, layer.quantized_weight)
+    assert recorders[0].to_dict() == recorders[1].to_dict()
+
+
 @pytest.mark.parametrize("scheme", ["w4a16-g32", "w4a16-g32-asym", "w8a8", "w2a16", "w8a16-tensor"])
 def test_the_error_is_that_of_the_float_weight(scheme: str) -> None:
     weight, layer = quantized(scheme)

@@ -20,11 +20,12 @@ from tests.tiny import WORDS, tiny_text, tiny_tokenizer
 BLOCKS = 3
 FILES = ("model.safetensors", "config.json")
 LEARNED = {"name": "learned_rounding", "options": {"iterations": 4, "sequences": 2}}
+PERMUTED = {"name": "gptaq", "options": {"act_order": "permuted"}}
 TURNED = {"name": "rotation", "options": {"gain": 0.0}}
 KINDS: dict[str, dict[str, Any]] = {
     "loaded": {},
     "streamed": {"stream": True},
-    "distilled": {"recipe": ["gptaq", LEARNED, "distill"], "scheme": "w4a8-g16"},
+    "distilled": {"recipe": [PERMUTED, LEARNED, "distill"], "scheme": "w4a8-g16"},
     "rotated": {"recipe": [TURNED, "gptq"], "scheme": "w8a8"},
     "rotated, streamed": {"recipe": [TURNED, "gptq"], "scheme": "w8a8", "stream": True},
     "rotated, distilled": {"recipe": [TURNED, "gptq", "distill"], "scheme": "w4a8-g16"},
