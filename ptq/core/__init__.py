@@ -1,6 +1,7 @@
 """Pure functions and values: no modules, no files."""
 
 from ptq.core.affine import QParams, choose_qparams, dequantize, quantize
+from ptq.core.exporting import is_exporting
 from ptq.core.fast_products import FastProducts
 from ptq.core.finite import is_finite
 from ptq.core.granularity import Granularity
@@ -20,6 +21,7 @@ __all__ = [
     "choose_qparams",
     "dequantize",
     "hadamard",
+    "is_exporting",
     "is_finite",
     "join_rows",
     "pack",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ptq.core.exporting import is_exporting
 from ptq.core.hadamard import hadamard, orders_dividing
 from ptq.errors import UnsupportedError
 
@@ -69,7 +70,7 @@ class Rotation:
         if made is None:
             left, right = hadamard(self.left), hadamard(self.right) * 0.5**self._exponent
             made = (left.to(*key), right.to(*key))
-            if not torch.compiler.is_exporting():  # they would be fake tensors
+            if not is_exporting():  # they would be fake tensors
                 self._made[key] = made
         return made
 

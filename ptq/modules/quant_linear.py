@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.config import Scheme
-from ptq.core import QuantizedWeight, Rotation
+from ptq.core import QuantizedWeight, Rotation, is_exporting
 from ptq.kernels import Activation, Kernel, LinearSpec, Reference, quantize_activation, select
 from ptq.modules.buffers import empty_weight, held_weight, kept_scales, register, share
 from ptq.modules.joint_product import JointProduct
@@ -123,7 +123,7 @@ class QuantLinear(nn.Module):
 
     def kernel(self, rows: Tensor) -> Kernel:
         """The kernel for this many rows: the measured choice, or the rule of thumb."""
-        if torch.compiler.is_exporting():  # one graph for any number of rows, of torch's plain ops
+        if is_exporting():  # one graph for any number of rows, of torch's plain ops
             return Reference()
         key = (rows.device.type, rows.dtype, rows.shape[0])
         if torch.compiler.is_compiling():  # a look-up by the number would fix the number
@@ -137,7 +137,7 @@ class QuantLinear(nn.Module):
 
     def prepared(self, kernel: Kernel, dtype: torch.dtype) -> Any:
         """The kernel's own form of the weight, made once."""
-        if torch.compiler.is_exporting():  # of fake tensors, and not to be saved as a constant
+        if is_exporting():  # of fake tensors, and not to be saved as a constant
             return kernel.prepare(self.quantized_weight, dtype)
         key = kernel.name, str(dtype)  # the compiler cannot name a dtype as a key
         prepared = self._prepared.get(key)
