@@ -73,6 +73,7 @@ class CompiledGenerate:
         self.settings._compile_all_devices = True  # type: ignore[assignment]
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.step.begin()
         self.model.get_compiled_call = self._step
         try:
             return self._generate(*arguments, **options)
