@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "groups.h"
 #include "rows.h"
 #include "tiles.h"
 
@@ -245,8 +246,8 @@ struct PlainBytes {  // without zero points
   explicit PlainBytes(int) {}
 
   __m512i operator()(const uint8_t* from) const {
-    return reinterpret_cast<__m512i>(
-        _mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(widened_codes(from + 16)), _mm512_cvtepi32_ps(widened_codes(from))));
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(widened_codes(from + 16)),
+                                                         _mm512_cvtepi32_ps(widened_codes(from))));
   }
 };
 
@@ -397,11 +398,55 @@ Tensor linear_float(Tensor x, std::optional<Tensor> x_scale, Tensor codes, Tenso
   return y;
 }
 
+// ---- int8 activations, int4 weights in groups ----
+
+template <class Scales>
+void multiply_groups(const Tensor& x, const Weight<Scales>& weight, const Output& out) {
+  const int64_t units = weight.k / 4;
+  const auto unpack = [&](int64_t row, GroupedRows& rows, int64_t at) {
+    const uint8_t* from = weight.codes + row * weight.k / 2;
+    auto* to = reinterpret_cast<__m256i*>(rows.codes.data() + at * rows.stride);
+    for (int64_t k = 0; k < weight.k; k += 32, from += 16, ++to) {
+      _mm_prefetch(from + kAhead, _MM_HINT_T0);
+      _mm256_storeu_si256(to, unsigned_codes(from));
+    }
+    for (int64_t g = 0; g < weight.groups; ++g) {
+      const int64_t i = weight.index(row, g);
+      rows.scales[at * weight.groups + g] = weight.scales[i];
+      rows.zeros[at * weight.groups + g] = 8 + weight.zero(i);
+    }
+  };
+  grouped_product(data<uint32_t>(x), units, weight.groups, out, unpack);
+}
+
+// x int8 [M, K] and the scale of its rows [M, 1]; codes of 4 bits [N, K / 2]; their scales [N, groups] in
+// float16 or float32, and zero points shaped like them.
+Tensor linear_groups(Tensor x, Tensor x_scale, Tensor codes, Tensor scale, std::optional<Tensor> zero_point,
+                     ScalarType dtype) {
+  const int64_t m = x.size(0), k = x.size(1), n = codes.size(0), groups = scale.size(1);
+  STD_TORCH_CHECK(k % 64 == 0 && codes.size(1) * 2 == k && k % (32 * groups) == 0 && x.is_contiguous() &&
+                      codes.is_contiguous() && scale.is_contiguous() && scale.size(0) == n,
+                  "x [M, K], codes [N, K / 2] and scales must be contiguous, K a multiple of 64");
+  Tensor y = torch::stable::new_empty(x, {m, n}, dtype);
+  const Output out{y.mutable_data_ptr(), dtype == ScalarType::BFloat16, m, n, data<float>(x_scale),
+                   nullptr, nullptr};
+  const auto* packed = data<uint8_t>(codes);
+  const auto* zeros = data<int8_t>(zero_point);
+  if (scale.scalar_type() == ScalarType::Half)
+    multiply_groups(x, Weight<HalfScales>{packed, {data<uint16_t>(scale)}, zeros, k, groups}, out);
+  else
+    multiply_groups(x, Weight<FloatScales>{packed, {data<float>(scale)}, zeros, k, groups}, out);
+  return y;
+}
+
 }  // namespace ptq
 
 STABLE_TORCH_LIBRARY(ptq, m) {
   m.def("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)");
   m.def("linear_int8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor sums, ScalarType dtype) -> Tensor");
+  m.def(
+      "linear_groups(Tensor x, Tensor x_scale, Tensor codes, Tensor scale, Tensor? zero_point, "
+      "ScalarType dtype) -> Tensor");
   m.def(
       "linear_float(Tensor x, Tensor? x_scale, Tensor codes, Tensor scale, Tensor? zero_point, "
       "ScalarType dtype) -> Tensor");
@@ -410,5 +455,6 @@ STABLE_TORCH_LIBRARY(ptq, m) {
 STABLE_TORCH_LIBRARY_IMPL(ptq, CPU, m) {
   m.impl("quantize_rows", TORCH_BOX(&ptq::quantize_rows));
   m.impl("linear_int8", TORCH_BOX(&ptq::linear_int8));
+  m.impl("linear_groups", TORCH_BOX(&ptq::linear_groups));
   m.impl("linear_float", TORCH_BOX(&ptq::linear_float));
 }
