@@ -28,7 +28,8 @@ def compile_model(
     than it saves. The graph is compiled now, which takes some 15 s, and 5 s when the
     compiler's cache on the disk has it: blocks that do the same are compiled once. Other numbers of
     sequences than ``batch_size``, and more tokens than ``max_length``, compile again when they
-    first come.
+    first come; other numbers of sequences every block by itself, which takes longer. What is
+    changed of the model is noticed when the next generation begins.
 
     Any other model: its ``forward`` is compiled when it is first called, for any number of tokens:
     one graph for each range of rows that has a kernel of its own, and one for the first shape.
@@ -73,6 +74,7 @@ class CompiledGenerate:
         self.settings._compile_all_devices = True  # type: ignore[assignment]
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.step.begin()
         self.model.get_compiled_call = self._step
         try:
             return self._generate(*arguments, **options)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ptq.core import QuantizedWeight
-from ptq.formats import IntFormat
+from ptq.formats import FORMATS, IntFormat
 from ptq.kernels.activations import Activation
 from ptq.kernels.integer import integer_reason, integer_tolerance
 from ptq.kernels.spec import LinearSpec
@@ -14,6 +14,8 @@ from ptq.native import native_reason
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _COLUMNS = 64  # K is a multiple of it
+_LONGEST = 1 << 19  # columns of int8 and int4 codes, each with a zero point: at most 2^7 and 2^5
+_ROWS_OF_INT4 = 8
 
 
 def native_spec_reason(spec: LinearSpec) -> str | None:
@@ -87,6 +89,54 @@ class NativeWeight:
 
 
 @dataclass(frozen=True)
+class NativeInt4:
+    """int8 activations and weights of 4 bits: exact int32 sums of each group, scaled in float32."""
+
+    name: str = "native_int4"
+    integer: bool = True
+
+    def supports(self, spec: LinearSpec) -> str | None:
+        if spec.activations is None or not isinstance(FORMATS[spec.activations.format], IntFormat):
+            return "for int8 activations"
+        if not spec.activations.symmetric:
+            return "for symmetric activations"
+        if not isinstance(spec.format, IntFormat) or spec.format.bits != 4:
+            return "for int4 weights"
+        if spec.k > _LONGEST:
+            return f"K={spec.k} could overflow the int32 sum (at most {_LONGEST})"
+        return _group_reason(spec) or native_spec_reason(spec)
+
+    def declines(self, spec: LinearSpec) -> str | None:
+        if spec.m < _ROWS_OF_INT4:
+            return f"fewer than {_ROWS_OF_INT4} rows: products in bfloat16 are faster"
+        return None
+
+    def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> NativeWeight:
+        return _native_weight(weight)
+
+    def linear(self, x: Activation, prepared: NativeWeight, dtype: torch.dtype) -> Tensor:
+        assert x.scale is not None
+        rows = x.values.shape[0]
+        scale = x.scale if x.scale.shape[0] == rows else x.scale.expand(rows, 1).contiguous()
+        y: Tensor = torch.ops.ptq.linear_groups(
+            x.values.contiguous(),
+            scale,
+            prepared.packed,
+            prepared.scale,
+            prepared.zero_point,
+            dtype,
+        )
+        return y
+
+    def tolerance(self, spec: LinearSpec) -> float:
+        groups = spec.k // (spec.granularity.group_size or spec.k)
+        return integer_tolerance(spec) + 2 * groups * torch.finfo(torch.float32).eps
+
+    def extra_bytes(self, spec: LinearSpec) -> int:
+        return _native_bytes(spec)
+
+
+@dataclass(frozen=True)
 class NativeFloat:
     """Weights of 4 or 8 bits, which become bfloat16 on the way to the product: some rows of W at a
     time, in a cache, once for all rows of x.
@@ -100,10 +150,7 @@ class NativeFloat:
     def supports(self, spec: LinearSpec) -> str | None:
         if not isinstance(spec.format, IntFormat) or spec.format.bits not in (4, 8):
             return "for int4 and int8 weights"
-        group = spec.granularity.group_size
-        if group is not None and group % 32:
-            return f"groups of {group} are no multiple of 32"
-        return native_spec_reason(spec)
+        return _group_reason(spec) or native_spec_reason(spec)
 
     def declines(self, spec: LinearSpec) -> str | None:
         if spec.activations is not None and spec.format.bits == 8 and integer_reason(spec) is None:
@@ -111,17 +158,7 @@ class NativeFloat:
         return None
 
     def prepare(self, weight: QuantizedWeight, dtype: torch.dtype) -> NativeWeight:
-        zero_point = weight.zero_point
-        scale = weight.scale
-        if weight.granularity.kind != "group":
-            scale = _scale_of_rows(weight)
-            if zero_point is not None:
-                zero_point = zero_point.expand(scale.shape)
-        elif scale.dtype != torch.float16:
-            scale = scale.float()
-        if zero_point is not None:
-            zero_point = zero_point.to(torch.int8).contiguous()
-        return NativeWeight(weight.packed.contiguous(), scale.contiguous(), zero_point)
+        return _native_weight(weight)
 
     def linear(self, x: Activation, prepared: NativeWeight, dtype: torch.dtype) -> Tensor:
         values, scale = x.as_float(torch.bfloat16)
@@ -137,7 +174,31 @@ class NativeFloat:
         return 4 * torch.finfo(torch.bfloat16).eps
 
     def extra_bytes(self, spec: LinearSpec) -> int:
-        return 4 * spec.n if spec.granularity.kind != "group" else 0
+        return _native_bytes(spec)
+
+
+def _group_reason(spec: LinearSpec) -> str | None:
+    group = spec.granularity.group_size
+    return f"groups of {group} are no multiple of 32" if group is not None and group % 32 else None
+
+
+def _native_weight(weight: QuantizedWeight) -> NativeWeight:
+    zero_point = weight.zero_point
+    scale = weight.scale
+    if weight.granularity.kind != "group":
+        scale = _scale_of_rows(weight)
+        if zero_point is not None:
+            zero_point = zero_point.expand(scale.shape)
+    elif scale.dtype != torch.float16:
+        scale = scale.float()
+    if zero_point is not None:
+        zero_point = zero_point.to(torch.int8).contiguous()
+    return NativeWeight(weight.packed.contiguous(), scale.contiguous(), zero_point)
+
+
+def _native_bytes(spec: LinearSpec) -> int:
+    """Of :class:`NativeWeight` beyond the canonical weight."""
+    return 4 * spec.n if spec.granularity.kind != "group" else 0
 
 
 def _scale_of_rows(weight: QuantizedWeight) -> Tensor:

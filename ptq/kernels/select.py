@@ -6,7 +6,7 @@ from ptq.errors import UnsupportedError
 from ptq.kernels.cpu_int4 import Int4Pack
 from ptq.kernels.cpu_int8pack import Int8Pack
 from ptq.kernels.cpu_int_mm import IntMM
-from ptq.kernels.cpu_native import NativeFloat, NativeInt8
+from ptq.kernels.cpu_native import NativeFloat, NativeInt4, NativeInt8
 from ptq.kernels.cpu_nibble_groups import UnpackGroups
 from ptq.kernels.cpu_onednn import OneDnn, OneDnnTwoDigit, Requantized
 from ptq.kernels.cpu_two_digit import TwoDigit
@@ -20,6 +20,7 @@ from ptq.kernels.spec import Kernel, LinearSpec
 
 KERNELS: tuple[Kernel, ...] = (
     NativeInt8(),
+    NativeInt4(),
     NativeFloat(),
     OneDnn(),
     OneDnnTwoDigit(),

@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "groups.h"
 #include "rows.h"
 #include "tiles.h"
 
@@ -94,27 +95,34 @@ std::tuple<Tensor, Tensor> quantize_rows(Tensor x, ScalarType dtype) {
 // ---- int8 activations, int8 weights ----
 
 struct Int8Rows {
+  static constexpr int kOfOneRow = 1, kOfRows = 1;  // columns that are read together
   const int8_t *x, *w;
   int64_t k;
   const Output& out;
 
-  template <int M>
+  template <int Columns, int M>
   void run(int64_t column, int64_t row) const {
     const __m512i flip = _mm512_set1_epi8(-128);
     const int8_t* codes = w + column * k;
-    __m512i sums[M] = {};
+    const int64_t ahead = fetched_ahead(Columns * k);
+    __m512i sums[M][Columns] = {};
     for (int64_t i = 0; i < k; i += 64) {
-      _mm_prefetch(codes + i + kAhead, _MM_HINT_T0);
-      const __m512i of_w = _mm512_loadu_si512(codes + i);
+      __m512i of_w[Columns];
+      for (int c = 0; c < Columns; ++c) {
+        _mm_prefetch(codes + c * k + i + ahead, _MM_HINT_T0);
+        of_w[c] = _mm512_loadu_si512(codes + c * k + i);
+      }
       for (int j = 0; j < M; ++j) {
-        const __m512i of_x = _mm512_loadu_si512(x + (row + j) * k + i);
-        sums[j] = Int8Sum::add(sums[j], _mm512_xor_si512(of_x, flip), of_w);
+        const __m512i of_x = _mm512_xor_si512(_mm512_loadu_si512(x + (row + j) * k + i), flip);
+        for (int c = 0; c < Columns; ++c) sums[j][c] = Int8Sum::add(sums[j][c], of_x, of_w[c]);
       }
     }
+    constexpr __mmask16 mask = (1u << Columns) - 1;
+    const __m512i correction = _mm512_maskz_loadu_epi32(mask, out.correction + column);
+    const __m512 scale = out.columns(column, mask);
     for (int j = 0; j < M; ++j) {
-      const __m512i sum = _mm512_set1_epi32(_mm512_reduce_add_epi32(sums[j]));
-      const __m512i correction = _mm512_set1_epi32(out.correction[column]);
-      out.store_one(row + j, column, _mm512_cvtss_f32(Int8Sum::value(sum, correction)));
+      const __m512 value = Int8Sum::value(sums_of_lanes<Columns>(sums[j]), correction);
+      out.store(row + j, column, mask, out.scaled(value, row + j, scale));
     }
   }
 };
@@ -183,16 +191,28 @@ inline __m512i looked_up(const uint8_t* from, __m512i table) {
   return _mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), table);
 }
 
-// 32 codes minus zero point, as bfloat16, which is exact.
+// 32 codes minus zero point, as bfloat16, which is exact; in the order 0, 4, .. 28, 1, 5, .. 31.
 struct Nibbles {
   static constexpr int kBytes = 16;  // of 32 codes
+  static constexpr bool kInTurn = true;
+  static constexpr int kOfOneRow = 4;
   __m512i table;
+
+  Nibbles() = default;
 
   explicit Nibbles(int zero)
       : table(_mm512_broadcast_i64x4(
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kIntegers.data() + 7 - zero)))) {}
 
-  __m512i operator()(const uint8_t* from) const { return looked_up(from, table); }
+  __m512i operator()(const uint8_t* from) const {
+    const __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    const __m512i counts = _mm512_set_epi64(12 * kWords, 12 * kWords, 8 * kWords, 8 * kWords, 4 * kWords,
+                                            4 * kWords, 0, 0);
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, counts), table);
+  }
+
+ private:
+  static constexpr int64_t kWords = 0x0001000100010001;
 };
 
 // The same, times scale.
@@ -209,15 +229,35 @@ struct ScaledNibbles {
   __m512i operator()(const uint8_t* from) const { return looked_up(from, table); }
 };
 
-inline __m512 sixteen(const uint8_t* from, __m512i zero) {
-  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepi8_epi32(codes), zero));
+inline __m512i widened_codes(const uint8_t* from) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
+
+inline __m512 sixteen(const uint8_t* from, __m512i zero) {
+  return _mm512_cvtepi32_ps(_mm512_sub_epi32(widened_codes(from), zero));
+}
+
+struct PlainBytes {  // without zero points
+  static constexpr int kBytes = 32;
+  static constexpr bool kInTurn = false;
+  static constexpr int kOfOneRow = 1;
+
+  PlainBytes() = default;
+  explicit PlainBytes(int) {}
+
+  __m512i operator()(const uint8_t* from) const {
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(widened_codes(from + 16)),
+                                                         _mm512_cvtepi32_ps(widened_codes(from))));
+  }
+};
 
 struct Bytes {
   static constexpr int kBytes = 32;
+  static constexpr bool kInTurn = false;
+  static constexpr int kOfOneRow = 1;
   __m512i zero;
 
+  Bytes() = default;
   explicit Bytes(int zero_point) : zero(_mm512_set1_epi32(zero_point)) {}
 
   __m512i operator()(const uint8_t* from) const {
@@ -251,53 +291,89 @@ void unpack_row(const Weight<Scales>& weight, int64_t row, uint32_t* to) {
   }
 }
 
+// Of 32 values each the 1st, 5th, 9th .., then the 2nd, 6th .., as `Nibbles` has its codes.
+inline std::vector<uint16_t> in_turn(const uint16_t* x, int64_t count) {
+  std::array<uint16_t, 32> order;
+  for (int i = 0; i < 32; ++i) order[i] = i % 8 * 4 + i / 8;
+  const __m512i indices = _mm512_loadu_si512(order.data());
+  std::vector<uint16_t> out(count);
+  for (int64_t i = 0; i < count; i += 32)
+    _mm512_storeu_si512(out.data() + i, _mm512_permutexvar_epi16(indices, _mm512_loadu_si512(x + i)));
+  return out;
+}
+
 template <class Codes, class Scales>
 struct FloatRows {
-  const uint16_t* x;
+  static constexpr int kOfOneRow = Codes::kOfOneRow, kOfRows = 2;  // columns that are read together
+  const uint16_t* x;  // as Codes orders it
   const Weight<Scales>& weight;
   const Output& out;
 
-  template <int M>
+  template <int Columns, int M>
   void run(int64_t column, int64_t row) const {
-    const uint16_t* lanes = x + row * weight.k;
-    const uint8_t* from = weight.codes + column * weight.k / 32 * Codes::kBytes;
-    __m512 sums[M] = {};
+    const int64_t k = weight.k, group = weight.group(), stride = k / 32 * Codes::kBytes;
+    const int64_t ahead = fetched_ahead(Columns * stride);
+    const uint16_t* lanes = x + row * k;
+    const uint8_t* from = weight.codes + column * stride;
+    __m512 sums[M][Columns] = {};
     for (int64_t g = 0; g < weight.groups; ++g) {
-      const int64_t index = weight.index(column, g);
-      const Codes codes(weight.zero(index));  // the scale comes after the sum
-      __m512 parts[M] = {};
-      for (int64_t i = 0; i < weight.group(); i += 32, lanes += 32, from += Codes::kBytes) {
-        _mm_prefetch(from + kAhead, _MM_HINT_T0);
-        const __m512i values = codes(from);
-        for (int j = 0; j < M; ++j)
-          parts[j] = BFloat16Sum::add(parts[j], _mm512_loadu_si512(lanes + j * weight.k), values);
+      __m512 parts[M][Columns] = {};
+      std::array<Codes, Columns> codes;  // the scale comes after the sum
+      for (int c = 0; c < Columns; ++c) codes[c] = Codes(weight.zero(weight.index(column + c, g)));
+      for (int64_t i = 0; i < group; i += 32, lanes += 32, from += Codes::kBytes) {
+        __m512i values[Columns];
+        for (int c = 0; c < Columns; ++c) {
+          _mm_prefetch(from + c * stride + ahead, _MM_HINT_T0);
+          values[c] = codes[c](from + c * stride);
+        }
+        for (int j = 0; j < M; ++j) {
+          const __m512i of_x = _mm512_loadu_si512(lanes + j * k);
+          for (int c = 0; c < Columns; ++c) parts[j][c] = BFloat16Sum::add(parts[j][c], of_x, values[c]);
+        }
       }
-      const __m512 scale = _mm512_set1_ps(weight.scales[index]);
-      for (int j = 0; j < M; ++j) sums[j] = _mm512_fmadd_ps(parts[j], scale, sums[j]);
+      for (int c = 0; c < Columns; ++c) {
+        const __m512 scale = _mm512_set1_ps(weight.scales[weight.index(column + c, g)]);
+        for (int j = 0; j < M; ++j) sums[j][c] = _mm512_fmadd_ps(parts[j][c], scale, sums[j][c]);
+      }
     }
-    for (int j = 0; j < M; ++j) out.store_one(row + j, column, _mm512_reduce_add_ps(sums[j]));
+    constexpr __mmask16 mask = (1u << Columns) - 1;
+    const __m512 scale = out.columns(column, mask);
+    for (int j = 0; j < M; ++j)
+      out.store(row + j, column, mask, out.scaled(sums_of_lanes<Columns>(sums[j]), row + j, scale));
   }
 };
 
-template <class Exact, class Scaled, class Scales>
-void multiply(const Tensor& x, const Weight<Scales>& weight, const Output& out) {
-  if (out.m <= kFewRows) {
-    by_rows(out, weight.k, FloatRows<Exact, Scales>{data<uint16_t>(x), weight, out});
-  } else {
-    product<BFloat16Sum>(data<uint32_t>(x), weight.k / 2, 0, out,
-                         [&](int64_t row, uint32_t* to) { unpack_row<Scaled>(weight, row, to); });
+template <class Codes, class Scales>
+void multiply_few_rows(const uint16_t* x, const Weight<Scales>& weight, const Output& out) {
+  std::vector<uint16_t> ordered;
+  if constexpr (Codes::kInTurn) {
+    ordered = in_turn(x, out.m * weight.k);
+    x = ordered.data();
   }
+  by_rows(out, weight.k, FloatRows<Codes, Scales>{x, weight, out});
+}
+
+template <class Scaled, class Scales>
+void multiply_rows(const uint16_t* x, const Weight<Scales>& weight, const Output& out) {
+  product<BFloat16Sum>(reinterpret_cast<const uint32_t*>(x), weight.k / 2, 0, out,
+                       [&](int64_t row, uint32_t* to) { unpack_row<Scaled>(weight, row, to); });
 }
 
 template <class Scales>
-void multiply(const Tensor& x, const Tensor& codes, Scales scales, const std::optional<Tensor>& zero_point,
-              int64_t groups, const Output& out) {
-  const int64_t k = x.size(1);
+void multiply(const Tensor& activations, const Tensor& codes, Scales scales,
+              const std::optional<Tensor>& zero_point, int64_t groups, const Output& out) {
+  const int64_t k = activations.size(1);
+  const auto* x = data<uint16_t>(activations);
   const Weight<Scales> weight{data<uint8_t>(codes), scales, data<int8_t>(zero_point), k, groups};
-  if (codes.size(1) == k)
-    multiply<Bytes, ScaledBytes>(x, weight, out);
+  const bool bytes = codes.size(1) == k;
+  if (out.m > kFewRows)
+    bytes ? multiply_rows<ScaledBytes>(x, weight, out) : multiply_rows<ScaledNibbles>(x, weight, out);
+  else if (!bytes)
+    multiply_few_rows<Nibbles>(x, weight, out);
+  else if (zero_point)
+    multiply_few_rows<Bytes>(x, weight, out);
   else
-    multiply<Nibbles, ScaledNibbles>(x, weight, out);
+    multiply_few_rows<PlainBytes>(x, weight, out);
 }
 
 // x bfloat16 [M, K] and the scale of its rows [M, 1]; codes of 4 or 8 bits; their scales [N, groups] in
@@ -322,11 +398,55 @@ Tensor linear_float(Tensor x, std::optional<Tensor> x_scale, Tensor codes, Tenso
   return y;
 }
 
+// ---- int8 activations, int4 weights in groups ----
+
+template <class Scales>
+void multiply_groups(const Tensor& x, const Weight<Scales>& weight, const Output& out) {
+  const int64_t units = weight.k / 4;
+  const auto unpack = [&](int64_t row, GroupedRows& rows, int64_t at) {
+    const uint8_t* from = weight.codes + row * weight.k / 2;
+    auto* to = reinterpret_cast<__m256i*>(rows.codes.data() + at * rows.stride);
+    for (int64_t k = 0; k < weight.k; k += 32, from += 16, ++to) {
+      _mm_prefetch(from + kAhead, _MM_HINT_T0);
+      _mm256_storeu_si256(to, unsigned_codes(from));
+    }
+    for (int64_t g = 0; g < weight.groups; ++g) {
+      const int64_t i = weight.index(row, g);
+      rows.scales[at * weight.groups + g] = weight.scales[i];
+      rows.zeros[at * weight.groups + g] = 8 + weight.zero(i);
+    }
+  };
+  grouped_product(data<uint32_t>(x), units, weight.groups, out, unpack);
+}
+
+// x int8 [M, K] and the scale of its rows [M, 1]; codes of 4 bits [N, K / 2]; their scales [N, groups] in
+// float16 or float32, and zero points shaped like them.
+Tensor linear_groups(Tensor x, Tensor x_scale, Tensor codes, Tensor scale, std::optional<Tensor> zero_point,
+                     ScalarType dtype) {
+  const int64_t m = x.size(0), k = x.size(1), n = codes.size(0), groups = scale.size(1);
+  STD_TORCH_CHECK(k % 64 == 0 && codes.size(1) * 2 == k && k % (32 * groups) == 0 && x.is_contiguous() &&
+                      codes.is_contiguous() && scale.is_contiguous() && scale.size(0) == n,
+                  "x [M, K], codes [N, K / 2] and scales must be contiguous, K a multiple of 64");
+  Tensor y = torch::stable::new_empty(x, {m, n}, dtype);
+  const Output out{y.mutable_data_ptr(), dtype == ScalarType::BFloat16, m, n, data<float>(x_scale),
+                   nullptr, nullptr};
+  const auto* packed = data<uint8_t>(codes);
+  const auto* zeros = data<int8_t>(zero_point);
+  if (scale.scalar_type() == ScalarType::Half)
+    multiply_groups(x, Weight<HalfScales>{packed, {data<uint16_t>(scale)}, zeros, k, groups}, out);
+  else
+    multiply_groups(x, Weight<FloatScales>{packed, {data<float>(scale)}, zeros, k, groups}, out);
+  return y;
+}
+
 }  // namespace ptq
 
 STABLE_TORCH_LIBRARY(ptq, m) {
   m.def("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)");
   m.def("linear_int8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor sums, ScalarType dtype) -> Tensor");
+  m.def(
+      "linear_groups(Tensor x, Tensor x_scale, Tensor codes, Tensor scale, Tensor? zero_point, "
+      "ScalarType dtype) -> Tensor");
   m.def(
       "linear_float(Tensor x, Tensor? x_scale, Tensor codes, Tensor scale, Tensor? zero_point, "
       "ScalarType dtype) -> Tensor");
@@ -335,5 +455,6 @@ STABLE_TORCH_LIBRARY(ptq, m) {
 STABLE_TORCH_LIBRARY_IMPL(ptq, CPU, m) {
   m.impl("quantize_rows", TORCH_BOX(&ptq::quantize_rows));
   m.impl("linear_int8", TORCH_BOX(&ptq::linear_int8));
+  m.impl("linear_groups", TORCH_BOX(&ptq::linear_groups));
   m.impl("linear_float", TORCH_BOX(&ptq::linear_float));
 }

@@ -60,6 +60,7 @@ def load(path: Path) -> None:
     torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     torch.library.register_fake("ptq::quantize_rows", _quantize_rows)
     torch.library.register_fake("ptq::linear_int8", _linear_int8)
+    torch.library.register_fake("ptq::linear_groups", _linear_groups)
     torch.library.register_fake("ptq::linear_float", _linear_float)
 
 
@@ -71,6 +72,17 @@ def _linear_int8(
     x: Tensor, _x_scale: Tensor, w: Tensor, _w_scale: Tensor, _sums: Tensor, dtype: torch.dtype
 ) -> Tensor:
     return x.new_empty((x.shape[0], w.shape[0]), dtype=dtype)
+
+
+def _linear_groups(
+    x: Tensor,
+    _x_scale: Tensor,
+    codes: Tensor,
+    _scale: Tensor,
+    _zero_point: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0]), dtype=dtype)
 
 
 def _linear_float(

@@ -129,6 +129,18 @@ struct Int8Sum {  // x is unsigned, W signed
   static __m512i bits(Sum sum) { return sum; }
 };
 
+// Sums of `height` columns of y by 16 rows, to their places.
+template <class Arithmetic>
+void store_panel(__m512i values[16], int64_t height, int64_t row, int64_t column, const Output& out) {
+  const __mmask16 mask = (1u << std::min(height, out.n - column)) - 1;
+  const __m512 columns = out.columns(column, mask);
+  const __m512i correction =
+      out.correction ? _mm512_maskz_loadu_epi32(mask, out.correction + column) : _mm512_setzero_si512();
+  transpose(values);
+  for (int i = 0; i < kLanes && row + i < out.m; ++i)
+    out.store(row + i, column, mask, out.scaled(Arithmetic::value(values[i], correction), row + i, columns));
+}
+
 // kHeight rows of W times `Panels` panels of x, and the sums on their way into y.
 template <class Arithmetic, int Panels>
 void tile(const uint32_t* x, const uint32_t* w, int64_t stride, int64_t units, int64_t row, int64_t column,
@@ -145,21 +157,11 @@ void tile(const uint32_t* x, const uint32_t* w, int64_t stride, int64_t units, i
       for (int p = 0; p < Panels; ++p) sums[i][p] = Arithmetic::add(sums[i][p], lanes[p], one);
     }
   }
-  const int64_t wide = std::min<int64_t>(kHeight, out.n - column);
-  const __mmask16 mask = (1u << wide) - 1;
-  const __m512 columns = out.columns(column, mask);
-  const __m512i correction =
-      out.correction ? _mm512_maskz_loadu_epi32(mask, out.correction + column) : _mm512_setzero_si512();
   for (int p = 0; p < Panels; ++p) {
     __m512i values[16];
     for (int i = 0; i < 16; ++i)
       values[i] = i < kHeight ? Arithmetic::bits(sums[i][p]) : _mm512_setzero_si512();
-    transpose(values);
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t at = row + p * kLanes + i;
-      if (at >= out.m) break;
-      out.store(at, column, mask, out.scaled(Arithmetic::value(values[i], correction), at, columns));
-    }
+    store_panel<Arithmetic>(values, kHeight, row + p * kLanes, column, out);
   }
 }
 

@@ -130,10 +130,12 @@ def test_weights_that_are_loaded_after_compiling_are_used() -> None:
     assert torch.equal(model.generate(prompt, **options), expected)
 
 
-@pytest.mark.parametrize("how", ["module", "norm", "parameter", "data", "dtype"])
+@pytest.mark.parametrize(
+    "how", ["module", "norm", "parameter", "data", "dtype", "training", "batch", "length"]
+)
 @torch.no_grad()
 def test_what_is_exchanged_after_compiling_is_used(how: str) -> None:
-    """torch's own guards on modules are left out."""
+    """torch's own guards are left out."""
     torch._dynamo.reset()
     model = tiny_llama()
     ptq.quantize(model, "w8a16")
@@ -147,11 +149,14 @@ def test_what_is_exchanged_after_compiling_is_used(how: str) -> None:
         norm.weight = nn.Parameter(torch.linspace(1, 9, norm.weight.numel()))
     elif how == "data":
         model.lm_head.weight.data = model.lm_head.weight.data[:64].clone()
-    else:
+    elif how == "dtype":
         model.bfloat16()
+    elif how == "training":
+        norm.register_forward_hook(lambda module, _, y: -y if module.training else y)
+        model.train()
     eager = copy.deepcopy(model)
     del eager.generate
-    prompt = tiny_tokens(1, 4)
+    prompt = tiny_tokens(3 if how == "batch" else 1, 40 if how == "length" else 4)
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False,
                "pad_token_id": 0}  # fmt: skip
     assert torch.equal(model.generate(prompt, **options), eager.generate(prompt, **options))

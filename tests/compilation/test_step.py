@@ -1,10 +1,13 @@
 """The compiled step of decoding: masks and the kind of attention."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
+from ptq.compilation.situation import situation
 from ptq.compilation.step import CompiledStep, additive
 from tests.helpers import tiny_llama, tiny_tokens
 
@@ -29,9 +32,7 @@ def test_the_kind_of_attention_is_restored(monkeypatch: pytest.MonkeyPatch) -> N
         seen.append(model.config._attn_implementation)
         raise ValueError("stop")
 
-    compiled = CompiledStep(model, 1)
-    monkeypatch.setattr(compiled, "_compiled", step)
-    monkeypatch.setattr(compiled, "_stale", lambda: False)
+    compiled = without_compiler(model, step, monkeypatch)
     with pytest.raises(ValueError, match="stop"):
         compiled(input_ids=tiny_tokens(1, 1))
     assert seen == ["eager"]
@@ -44,7 +45,60 @@ def test_composite_and_plain_models_keep_their_attention(
 ) -> None:
     parts = {"text_config": object} if kind == "sdpa" else {}
     config = SimpleNamespace(sub_configs=parts, _attn_implementation=kind)
-    compiled = CompiledStep(SimpleNamespace(device=torch.device("cpu"), config=config), 1)
-    monkeypatch.setattr(compiled, "_compiled", lambda **_: config._attn_implementation)
-    monkeypatch.setattr(compiled, "_stale", lambda: False)
+    model = SimpleNamespace(device=torch.device("cpu"), config=config)
+    compiled = without_compiler(model, lambda **_: config._attn_implementation, monkeypatch)
     assert compiled(input_ids=None) == kind
+
+
+def test_a_generation_looks_at_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    compiled = without_compiler(model, lambda **_: "output", monkeypatch)
+    looked: list[None] = []
+    monkeypatch.setattr(compiled, "_stale", lambda: bool(looked.append(None)))
+
+    def step(rows: int, cache: object) -> None:
+        assert compiled(input_ids=tiny_tokens(rows, 1), past_key_values=cache) == "output"
+
+    step(1, cache)
+    step(1, cache)
+    assert len(looked) == 1
+    step(2, cache)  # something else is given
+    assert len(looked) == 2
+    step(2, StaticCache(config=model.config, max_cache_len=8))
+    assert len(looked) == 3
+    compiled.begin()
+    step(2, cache)
+    assert len(looked) == 4
+    for _ in range(2):  # its layers may hold numbers of Python
+        step(2, DynamicCache(config=model.config))
+    assert len(looked) == 6
+
+
+def test_what_has_code_of_its_own() -> None:
+    config = tiny_llama().config
+
+    def key(**changes: object) -> object:
+        cache = StaticCache(config=config, max_cache_len=changes.pop("length", 8))
+        cache.early_initialization(1, 2, 8, changes.pop("dtype", torch.float32), "cpu")
+        options = {"input_ids": tiny_tokens(1, 1), "use_cache": True, "past_key_values": cache}
+        return situation({**options, **changes})
+
+    assert key() == key()
+    others = [
+        key(length=9), key(dtype=torch.bfloat16), key(input_ids=tiny_tokens(2, 1)),
+        key(input_ids=tiny_tokens(1, 1).int()), key(use_cache=1), key(more=None),
+    ]  # fmt: skip
+    with torch.no_grad():
+        others.append(key())
+    with torch.autocast("cpu"):
+        others.append(key())
+    assert key() not in others
+
+
+def without_compiler(model: Any, code: Any, monkeypatch: pytest.MonkeyPatch) -> CompiledStep:
+    """A step that is never stale, with code that is not compiled."""
+    compiled = CompiledStep(model, 1)
+    monkeypatch.setattr(compiled, "_code", lambda _: code)
+    monkeypatch.setattr(compiled, "_stale", lambda: False)
+    return compiled

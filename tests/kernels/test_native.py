@@ -16,7 +16,7 @@ from ptq.config import ActivationScheme, Scheme, preset
 from ptq.core import QuantizedWeight
 from ptq.errors import UnsupportedError
 from ptq.kernels import Activation, Kernel, LinearSpec, quantize_activation, row_ranges
-from ptq.kernels.cpu_native import NativeFloat, NativeInt8
+from ptq.kernels.cpu_native import NativeFloat, NativeInt4, NativeInt8
 from ptq.modules import QuantLinear, join
 from ptq.native import library
 from tests.helpers import SIZES
@@ -53,7 +53,9 @@ def kernels(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activations", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("kernel", [NativeInt8(), NativeFloat()], ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    "kernel", [NativeInt8(), NativeInt4(), NativeFloat()], ids=lambda k: k.name
+)
 def test_equals_the_reference_where_it_claims_to(
     kernel: Kernel,
     activations: dict | None,
@@ -75,7 +77,13 @@ def test_int8_serves_every_number_of_rows(scheme: str) -> None:
     assert [r.kernel for r in row_ranges(spec_of(scheme))] == ["native_int8"]
 
 
-@pytest.mark.parametrize("scheme", ["w8a16", "w4a16-g64", "w4a16-g32-asym", "w4a8-g64"])
+@pytest.mark.parametrize("scheme", ["w4a8-g64", "w4a8-g32-asym"])
+def test_int4_codes_are_multiplied_as_they_are_from_eight_rows_on(scheme: str) -> None:
+    ranges = [(r.first, r.kernel) for r in row_ranges(spec_of(scheme))]
+    assert ranges == [(1, "native_float"), (8, "native_int4")]
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a16-g64", "w4a16-g32-asym"])
 def test_float_serves_every_number_of_rows(scheme: str) -> None:
     assert [r.kernel for r in row_ranges(spec_of(scheme))] == ["native_float"]
 
