@@ -3,12 +3,15 @@
 
 Each kernel that supports a layer is compared with the reference kernel (dequantize, multiply in
 float32) and timed against the float layer; ``*`` marks the kernel that the rule of thumb chooses.
-Weights are hot. A kernel of this device that no layer reached is named, with its reason. With
-``--device cpu`` the same for this machine's processor.
+Weights are hot. An op that refuses a call that its contract allows is wrong, and says why. A kernel
+of this device that no layer reached is named, with its reason. With ``--device cpu`` the same for
+this machine's processor.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from ptq.algorithms import round_to_nearest
 from ptq.command import output_file, positive, run_command
 from ptq.config import preset
-from ptq.errors import UnsupportedError
+from ptq.errors import ConfigError, UnsupportedError
 from ptq.kernels import KERNELS, Kernel, LinearSpec, Reference
 from ptq.model import resolve_device
 from ptq.modules import QuantLinear
@@ -28,6 +31,7 @@ from ptq.report import Console, environment
 
 SCHEMES = ("w8a16", "w8a8", "w8a8-asym", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64", "fp8")
 _LARGEST_STEP = {"int8": 1 / 127, "float8_e4m3fn": 1 / 14}  # between two codes, over the largest
+_CAPTURED = 20  # calls in a graph: its launch is a small part
 SHAPES = ("576x576", "2048x2048", "4096x4096")
 ROWS = (1, 16, 17, 64, 512)
 
@@ -39,6 +43,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="NxK")
     parser.add_argument("--rows", nargs="+", type=positive, default=ROWS, metavar="M")
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    parser.add_argument(
+        "--graphs",
+        action="store_true",
+        help="time calls in CUDA graphs: without what Python and launching take",
+    )
     parser.add_argument("--seconds", type=float, default=0.2, help="for one kernel")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here")
     return parser.parse_args(arguments)
@@ -69,6 +78,17 @@ def unreached(found: list[dict[str, Any]], specs: list[LinearSpec]) -> dict[str,
     return reasons
 
 
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """What runs the call some times as one CUDA graph, as compiled decoding does."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_CAPTURED):
+            call()
+    return graph.replay
+
+
 def check(layer: QuantLinear, m: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """All kernels on one layer and number of rows."""
     device = layer.codes.device
@@ -88,15 +108,15 @@ def check(layer: QuantLinear, m: int, options: argparse.Namespace) -> list[dict[
         try:
             row["right"] = within_tolerance(kernel, layer, x, spec)
         except RuntimeError as error:  # the op refuses what its contract allows
-            row |= {"right": False, "error": str(error), "speed_over_float": float("nan")}
+            row |= {"right": False, "error": str(error), "speed_over_float": None}
             continue
-        times = race(
-            {
-                "float": lambda: timed(lambda: nn.functional.linear(x, weight)),
-                "kernel": lambda kernel=kernel: timed(lambda: layer.run(x, kernel)),
-            },
-            options.seconds,
-        )
+        calls = {
+            "float": lambda: nn.functional.linear(x, weight),
+            "kernel": lambda kernel=kernel: layer.run(x, kernel),
+        }
+        if options.graphs:
+            calls = {name: captured(call) for name, call in calls.items()}
+        times = race({name: partial(timed, call) for name, call in calls.items()}, options.seconds)
         speed = sorted(f / k for f, k in zip(times["float"], times["kernel"], strict=True))
         row["speed_over_float"] = speed[len(speed) // 2]
     return rows
@@ -105,6 +125,8 @@ def check(layer: QuantLinear, m: int, options: argparse.Namespace) -> list[dict[
 @torch.no_grad()
 def bench(options: argparse.Namespace) -> None:
     device = resolve_device(options.device)
+    if options.graphs and device.type != "cuda":
+        raise ConfigError(f"--graphs: CUDA graphs are for a GPU, not {device}")
     found: list[dict[str, Any]] = []
     specs: list[LinearSpec] = []
     print(f"{'layer':10} {'scheme':16} {'M':>5}  {'kernel':14} right  over {options.dtype}")
@@ -119,8 +141,10 @@ def bench(options: argparse.Namespace) -> None:
                 for row in check(layer, m, options):
                     found.append(row)
                     mark = "*" if row["chosen"] else " "
+                    speed = row["speed_over_float"]
                     print(f"{text:10} {name:16} {m:5} {mark}{row['kernel']:14} "
-                          f"{'yes' if row['right'] else 'NO':5} {row['speed_over_float']:6.2f}x "
+                          f"{'yes' if row['right'] else 'NO':5} "
+                          f"{'-' if speed is None else f'{speed:.2f}x':>7} "
                           f"{row.get('error', '')[:300]}".rstrip(), flush=True)  # fmt: skip
     missing = unreached(found, specs)
     for name, reason in missing.items():

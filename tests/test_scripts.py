@@ -268,6 +268,25 @@ def test_check_cuda_reaches_every_kernel_of_cuda(kernel: Any) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_check_cuda_takes_graphs_on_a_gpu_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("check_cuda").main(["--device", "cpu", "--graphs"]) == 2
+    assert "CUDA graphs are for a GPU" in capsys.readouterr().err
+
+
+def test_check_cuda_says_what_an_op_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("size(1) must be a multiple of 8")
+
+    monkeypatch.setattr("ptq.kernels.IntMM.linear", refuse)
+    options = ["--device", "cpu", "--schemes", "w8a8", "--shapes", "16x16", "--rows", "1"]
+    assert script("check_cuda").main([*options, "--seconds", "0.01"]) == 2
+    shown = capsys.readouterr()
+    assert "NO          - size(1) must be a multiple of 8" in shown.out
+    assert "beyond the kernel's tolerance" in shown.err
+
+
 def test_check_cuda_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert script("check_cuda").main([]) == 2
     assert "no CUDA device" in capsys.readouterr().err
