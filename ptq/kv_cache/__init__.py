@@ -2,7 +2,9 @@
 
 from ptq.kv_cache.cache import CacheSize, QuantizedCache
 from ptq.kv_cache.calibrate import calibrate_cache
+from ptq.kv_cache.fixed import FixedLayer, make_fixed
 from ptq.kv_cache.generate import (
+    GenerateQuantized,
     attach_cache,
     cache_settings,
     check_cache,
@@ -20,6 +22,8 @@ from ptq.kv_cache.scales import (
 
 __all__ = [
     "CacheSize",
+    "FixedLayer",
+    "GenerateQuantized",
     "LayerScales",
     "QuantizedCache",
     "attach_cache",
@@ -31,6 +35,7 @@ __all__ = [
     "hold_empty_scales",
     "hold_scales",
     "is_scale",
+    "make_fixed",
     "new_cache",
     "quantize_cache",
 ]

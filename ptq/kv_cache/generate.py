@@ -28,7 +28,7 @@ class GenerateQuantized:
 
     def __init__(self, model: Any, settings: KVCacheConfig) -> None:
         self.model = model
-        self.settings = settings
+        self.kv_cache = settings
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         generate = type(self.model).generate
@@ -87,6 +87,7 @@ def quantize_cache(
     """
     if cache is None:
         if cache_settings(model) is not None:
+            _refuse_compiled(model)
             del model.generate
             drop_scales(model)
         return model
@@ -145,20 +146,26 @@ def check_cache(model: nn.Module, settings: KVCacheConfig, observer: Plugin) -> 
             f"model.generation_config says {other}, which leaves no place for a quantized cache; "
             "set that to None, or remove kv_cache"
         )
-    if "generate" in model.__dict__ and cache_settings(model) is None:
-        raise UnsupportedError(
-            "model.generate is replaced already (by ptq.compile?): compiled decoding has a float "
-            "cache of fixed size; quantize the cache of a model that is not compiled"
-        )
+    _refuse_compiled(model)
     check_heads(model.config, settings)
     if settings.static:
         check_static(model, settings, observer)
 
 
+def _refuse_compiled(model: nn.Module) -> None:
+    if not isinstance(model.__dict__.get("generate"), GenerateQuantized | None):
+        raise UnsupportedError(
+            "model.generate is replaced already (by ptq.compile?), and compiled code has the cache "
+            "that it was compiled for: choose the cache of a model that is not compiled, and then "
+            "compile it"
+        )
+
+
 def cache_settings(model: nn.Module) -> KVCacheConfig | None:
     """What :func:`quantize_cache` was told, or None."""
-    generate = model.__dict__.get("generate")
-    return generate.settings if isinstance(generate, GenerateQuantized) else None
+    # That of a compiled model (ptq.compilation.CompiledGenerate) has it as well.
+    found = getattr(model.__dict__.get("generate"), "kv_cache", None)
+    return found if isinstance(found, KVCacheConfig) else None
 
 
 def new_cache(model: Any) -> Cache:

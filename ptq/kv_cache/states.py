@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq.core.packing import pack
 from ptq.errors import UnsupportedError
 from ptq.formats import FORMATS
 
@@ -120,8 +119,8 @@ class StateFormat:
             codes += zero_point.float()
         codes = codes.clamp_(fmt.qmin, fmt.qmax).to(fmt.dtype).reshape(x.shape)
         if self.bits == 4:  # one byte has a channel of the first half and its like of the second
-            pairs = torch.stack(codes.chunk(2, -1), -1)
-            codes = pack(pairs.reshape(-1, 2), fmt).view(pairs.shape[:-1])
+            low, high = (codes + 8).to(torch.uint8).chunk(2, -1)
+            codes = low | high << 4
         return QuantizedStates(self, codes, scale, zero_point)
 
     def qparams(self, low: Tensor, high: Tensor) -> QParams:
@@ -164,7 +163,7 @@ class QuantizedStates:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors().values())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
     def numel(self) -> int:
@@ -187,23 +186,23 @@ class QuantizedStates:
 
     def append(self, newer: "QuantizedStates") -> "QuantizedStates":
         """With the tokens of ``newer`` behind."""
-        other = newer._tensors()
-        return self._with({n: torch.cat((t, other[n]), 2) for n, t in self._tensors().items()})
+        other = newer.tensors()
+        return self._with({n: torch.cat((t, other[n]), 2) for n, t in self.tensors().items()})
 
     def take(self, first: int, last: int) -> "QuantizedStates":
         """The tokens from ``first`` to before ``last``, both multiples of ``format.tokens``."""
         step = self.format.tokens
         taken = {
             name: tensor[:, :, first // step : last // step].clone()
-            for name, tensor in self._tensors().items()
+            for name, tensor in self.tensors().items()
         }
         return self._with({**taken, "codes": self.codes[:, :, first:last].clone()})
 
     def select(self, rows: Tensor) -> "QuantizedStates":
         """The sequences of the batch with these indices (or a mask of them)."""
-        return self._with({n: t[rows.to(t.device)] for n, t in self._tensors().items()})
+        return self._with({n: t[rows.to(t.device)] for n, t in self.tensors().items()})
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """What is kept of the tokens, by name."""
         if self.format.static is not None:
             return {"codes": self.codes}
