@@ -25,11 +25,11 @@ def compile_model(
     """Make a model faster with ``torch.compile``, in place.
 
     A model that generates: ``model.generate`` decodes through one compiled graph, with a key-value
-    cache of fixed size (quantized, if :func:`ptq.quantize_cache` was called before); prompts run as before, because a graph for every length would cost more
-    than it saves. The graph is compiled now, which takes some 15 s, and 5 s when the
-    compiler's cache on the disk has it: blocks that do the same are compiled once. Other numbers of
-    sequences than ``batch_size``, and more tokens than ``max_length``, compile again when they
-    first come.
+    cache of fixed size (quantized, if :func:`ptq.quantize_cache` was called before); prompts run as
+    before, because a graph for every length would cost more than it saves. The graph is compiled
+    now, which takes some 15 s, and 5 s when the compiler's cache on the disk has it: blocks that do
+    the same are compiled once. Other numbers of sequences than ``batch_size``, and more tokens than
+    ``max_length``, compile again when they first come.
 
     Any other model: its ``forward`` is compiled when it is first called, for any number of tokens:
     one graph for each range of rows that has a kernel of its own, and one for the first shape.

@@ -20,14 +20,13 @@ from ptq.kv_cache.layer import state_formats
 from ptq.kv_cache.scales import LayerScales, quantized_layers
 from ptq.kv_cache.states import QParams, QuantizedStates, StateFormat
 
-
 Spec = tuple[int, int, int | None, bool, bool]
-"""Of keys or values: the first fields of a :class:`StateFormat`, and whether its scale is static."""
+"""Of keys or values: the first fields of a :class:`StateFormat`, and whether it is static."""
 
 
 @dataclass(frozen=True)
 class FixedStates:
-    """Keys or values, B, H, T and D as in :class:`StateFormat`, L the tokens that there is room for.
+    """Keys or values; B, H, T and D as in :class:`StateFormat`, L the tokens that have room.
 
     Args:
         stored: codes of L tokens; what is not quantized yet has arbitrary ones.
@@ -125,8 +124,8 @@ def make_fixed(
         layer = cache.layers[index]
         if type(layer) is not StaticLayer:
             raise UnsupportedError(
-                f"layer {index} of this {config.model_type} model has a sliding window or attention "
-                "in chunks, whose quantized cache is not for compiled decoding: call "
+                f"layer {index} of this {config.model_type} model has a sliding window or "
+                "attention in chunks, whose quantized cache is not for compiled decoding: call "
                 "ptq.quantize_cache(model, None) first"
             )
         own = None if scales is None else scales[index]
@@ -159,15 +158,13 @@ class FixedLayer(StaticLayer):
         """
         self.dtype, self.device = key_states.dtype, key_states.device
         # A group is quantized when ``window`` newer tokens are there; until then all are float.
-        recent = (-(-self.window // self.step) + 2) * self.step
+        recent = (-(-self.window // self.step) + 1) * self.step
         made = []
         for fmt, name, states in zip(
             self.formats, ("key", "value"), (key_states, value_states), strict=True
         ):
             fmt.check(name, states.shape[-1], states.shape[1])
-            made.append(
-                FixedStates.empty(fmt.on(self.device), states, self.max_cache_len, recent)
-            )
+            made.append(FixedStates.empty(fmt.on(self.device), states, self.max_cache_len, recent))
         self.states = made[0], made[1]
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.is_initialized = True
@@ -188,9 +185,9 @@ class FixedLayer(StaticLayer):
         position = self.cumulative_length.clone()
         self.cumulative_length.add_(1)
         group = torch.arange(self.step, device=self.device)
-        complete = position + 1 - self.window
-        last = (complete // self.step - 1).clamp(min=0) * self.step + group
-        quantized = (complete if not self.window else complete - 1) // self.step * self.step
+        leaves = position - self.window  # the token that leaves the window, and its group
+        last = leaves.clamp(min=0) // self.step * self.step + group
+        quantized = (leaves if self.window else leaves + 1) // self.step * self.step
         found = []
         for states, new in zip(self.states, (key_states, value_states), strict=True):
             states.keep(new, position.reshape(1))
