@@ -46,8 +46,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=["calibration_data/calibration.jsonl"],
         help="text for static caches",
     )
+    parser.add_argument("--samples", type=positive, default=64, help="sequences of that text")
     parser.add_argument(
-        "--samples", type=positive, default=64, help="sequences of 512 tokens of it"
+        "--sequence-length", type=positive, default=512, metavar="T", help="of each"
     )
     parser.add_argument("--observer", default="minmax", help="for static caches")
     parser.add_argument("--windows", type=int, default=8, help="0: no perplexity")
@@ -107,7 +108,11 @@ def quantize(
 
     data = None
     if cache_config(cache).static:
-        section = CalibrationConfig(data=options.calibration, samples=options.samples)
+        section = CalibrationConfig(
+            data=options.calibration,
+            samples=options.samples,
+            sequence_length=options.sequence_length,
+        )
         data = list(batches(calibration_tokens(section, tokenizer), 1))
     bar = console.bar("sequence")
     ptq.quantize_cache(model, cache, calibration=data, observer=options.observer, progress=bar)
