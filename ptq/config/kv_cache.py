@@ -15,7 +15,8 @@ class KVCacheConfig(Section):
     Keys have channels of large magnitude, values do not: keys are quantized per channel, values per
     token (Liu et al. 2024, KIVI, section 3). The defaults depend on ``bits``: int8 is symmetric and
     without a window; int4 has zero points and a window of 64. Static scales are for all tokens, so
-    nothing is kept beside the codes, and both are per channel.
+    nothing is kept beside the codes. Values are per channel then, keys per head: rotary positions
+    carry a channel of the keys out of its range in texts longer than those of the calibration.
     """
 
     bits: Literal[4, 8] = Field(8, description="of a code")
@@ -27,7 +28,7 @@ class KVCacheConfig(Section):
     keys: Literal["token", "channel", "head", "tensor"] = Field(
         "channel",
         description="what shares a scale. Dynamic: token (channels of a token) or channel (tokens "
-        "of a channel); static, for all tokens: channel, head or tensor (all of a layer's)",
+        "of a channel); static, for all tokens: channel, head (default) or tensor (a whole layer)",
     )
     values: Literal["token", "channel", "head", "tensor"] = Field(
         "token", description="likewise (static: channel)"
@@ -53,7 +54,7 @@ class KVCacheConfig(Section):
         few = {"symmetric": False, "window": 64} if data.get("bits") == 4 else {}
         if data.get("mode") == "static":
             return {
-                "keys": "channel",
+                "keys": "head",
                 "values": "channel",
                 "scale_dtype": "bfloat16",
                 **few,

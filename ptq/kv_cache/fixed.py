@@ -167,6 +167,8 @@ class FixedLayer(StaticLayer):
             made.append(FixedStates.empty(fmt.on(self.device), states, self.max_cache_len, recent))
         self.states = made[0], made[1]
         self.cumulative_length = self.cumulative_length.to(self.device)
+        for tensor in self.parts():  # as transformers does, else a CUDA graph cannot write to them
+            torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
     def update(

@@ -25,7 +25,7 @@ QUIET = Console("quiet")
 STATIC = {"bits": 8, "mode": "static"}
 CACHES = [
     STATIC,
-    {**STATIC, "keys": "head", "values": "tensor", "symmetric": False},
+    {**STATIC, "keys": "channel", "values": "tensor", "symmetric": False},
     {"bits": 4, "mode": "static", "window": 5, "values": "head"},
 ]
 DIMS = {"channel": (0, 2), "head": (0, 2, 3), "tensor": (0, 1, 2, 3)}
@@ -256,7 +256,7 @@ def test_a_run_calibrates_keeps_and_measures_it(
     assert predicted == found["weight_file_bytes"]
     assert "static scales" in str(report)
     model = ptq.load(tmp_path / "out")
-    assert "int8 static symmetric, keys per channel, values per channel" in str(ptq.explain(model))
+    assert "int8 static symmetric, keys per head, values per channel" in str(ptq.explain(model))
     by_run = ptq.evaluate(model, windows(), through_cache=True)
     assert by_run.perplexity != ptq.evaluate(model, windows()).perplexity
 
@@ -316,5 +316,5 @@ def test_scales_of_other_heads_are_refused() -> None:
         mode="static",
     )
     states = torch.zeros(1, 4, 3, 8)
-    with pytest.raises(UnsupportedError, match=r"key scales \[2, 8\], .* 4 heads of 8 channels"):
+    with pytest.raises(UnsupportedError, match=r"key scales \[2, 1\], .* 4 heads of 8 channels"):
         cache.update(states, states, 0)
