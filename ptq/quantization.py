@@ -10,7 +10,14 @@ from torch import nn
 
 from ptq import checkpoint
 from ptq.blockwise import Blockwise, quantize_plainly
-from ptq.calibrate import LayerStatistics, TokenSet, batches, calibration_tokens, collect
+from ptq.calibrate import (
+    LayerStatistics,
+    TokenSet,
+    batches,
+    batches_of,
+    calibration_tokens,
+    collect,
+)
 from ptq.config import CalibrationConfig, Plugin, QuantizationConfig, Scheme, as_config
 from ptq.errors import CalibrationError
 from ptq.kv_cache import check_cache, quantize_cache
@@ -19,7 +26,7 @@ from ptq.modules import share_inputs
 from ptq.planning import Plan, plan
 from ptq.recipe import Recipe, make_recipe
 from ptq.report import Console
-from ptq.resume import Work, steady
+from ptq.resume import Work, give_back, steady
 from ptq.swap import See, quantize_embeddings, quantize_layers
 
 
@@ -64,9 +71,9 @@ def quantize(
         model: any ``nn.Module`` with ``nn.Linear`` layers, transformers' ``Conv1D`` or fused
             experts, float, on any device.
         scheme: a preset such as ``"w4a16-g64"``, a mapping as in YAML, or a configuration.
-        calibration: batches for static activations and for recipes that look at data: tensors,
-            tuples, or mappings of keyword arguments; without it, the configuration's calibration
-            section is used, which needs ``tokenizer``.
+        calibration: batches for static activations, static scales of the key-value cache, and
+            recipes that look at data: tensors, tuples, or mappings of keyword arguments; without
+            it, the configuration's calibration section is used, which needs ``tokenizer``.
         console: where progress goes (default: bars on standard error).
 
     Raises:
@@ -99,10 +106,12 @@ def quantize_with(
     made = plan(model, config)
     recipe = make_recipe(config.recipe, config.scheme)
     if config.kv_cache is not None:
-        check_cache(model, config.kv_cache)
-    if needs_data(made, recipe) and calibration is None:
+        check_cache(model, config.kv_cache, observer_of(config))
+    if needs_data(made, recipe, config) and calibration is None:
         tokens = calibration_tokens_of(config, recipe, tokenizer)
         calibration = calibration_batches_of(config, recipe, tokens, tokenizer)
+    if has_static_cache(config) and calibration is not None:
+        calibration = list(batches_of(calibration))  # they are needed twice
     if streamed is None:
         check_finite(model)
     with unfolded(model, made.schemes):
@@ -111,7 +120,7 @@ def quantize_with(
         )
     quantize_embeddings(model, made.embeddings, made.sharing, see)
     if config.kv_cache is not None:
-        quantize_cache(model, config.kv_cache)
+        _quantize_cache(model, config, calibration, console)
     checkpoint.declare_quantized(model)
     seconds = time.perf_counter() - start
     return QuantizationResult(
@@ -183,8 +192,32 @@ def _puts_out(model: nn.Module, layers: Iterable[str], store: Work) -> Callable[
     return placed
 
 
-def needs_data(made: Plan, recipe: Recipe) -> bool:
-    return bool(made.static_layers) or (not recipe.plain and bool(made.schemes))
+def needs_data(made: Plan, recipe: Recipe, config: QuantizationConfig) -> bool:
+    blockwise = not recipe.plain and bool(made.schemes)
+    return bool(made.static_layers) or blockwise or has_static_cache(config)
+
+
+def has_static_cache(config: QuantizationConfig) -> bool:
+    """Whether the key-value cache has scales from calibration."""
+    return config.kv_cache is not None and config.kv_cache.static
+
+
+def _quantize_cache(
+    model: nn.Module,
+    config: QuantizationConfig,
+    data: Iterable[Any] | None,
+    console: Console,
+) -> None:
+    """Of the model whose layers are quantized: its keys and values are what a cache will see."""
+    if not has_static_cache(config):
+        quantize_cache(model, config.kv_cache)
+        return
+    console.stage_name = "calibrate the key-value cache"
+    give_back()  # the freed float weights
+    steady()
+    bar = console.bar("batch")
+    observer = observer_of(config)
+    quantize_cache(model, config.kv_cache, calibration=data, observer=observer, progress=bar)
 
 
 def _quantize_blockwise(
@@ -199,7 +232,7 @@ def _quantize_blockwise(
     see: See | None,
 ) -> Blockwise:
     """Carry out a recipe that looks at data."""
-    observer = _observer(config)
+    observer = observer_of(config)
     seed = 0 if config.calibration is None else config.calibration.seed
     work = Blockwise(model, made.schemes, recipe, observer, seed, fill, store, see)
     work.run(calibration, console.bar("block"))
@@ -217,6 +250,8 @@ def calibration_section(config: QuantizationConfig, recipe: Recipe) -> Calibrati
         what = f"scheme {config.scheme} has static activations, which need"
         if not recipe.plain:
             what = f"recipe [{recipe}] needs"
+        elif has_static_cache(config):
+            what = "kv_cache has static scales, which need"
         raise CalibrationError(
             f"{what} calibration data: "
             "add a section 'calibration:' with 'data: FILE', or pass calibration=batches"
@@ -224,7 +259,8 @@ def calibration_section(config: QuantizationConfig, recipe: Recipe) -> Calibrati
     return config.calibration
 
 
-def _observer(config: QuantizationConfig) -> Plugin:
+def observer_of(config: QuantizationConfig) -> Plugin:
+    """That of the calibration section, or its default."""
     section = config.calibration
     return CalibrationConfig(data=["-"]).observer if section is None else section.observer
 
@@ -263,4 +299,4 @@ def _calibrate(
     console.stage_name = "calibrate"
     steady()  # activations of whole batches, which would leave a heap with holes
     bar = console.bar("batch")
-    return collect(model, made.static_layers, data, _observer(config), progress=bar)
+    return collect(model, made.static_layers, data, observer_of(config), progress=bar)

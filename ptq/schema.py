@@ -65,6 +65,7 @@ def config_schema() -> Schema:
         _if({"format": {"const": FLOAT8.name}}, {"mode": _no("static"), "symmetric": _no(False)})
     ]
     parts["Scheme"]["allOf"] = _scheme_rules()
+    parts["KVCacheConfig"]["allOf"] = [_cache_rule()]
     _replace(parts["Scheme"], "input_rotation", {"type": "null"})
     weight_only = {
         "allOf": [{"$ref": "#/$defs/Scheme"}, {"properties": {"activations": {"const": None}}}]
@@ -144,6 +145,14 @@ def _weight_rules() -> list[Schema]:
             {"format": {"const": FLOAT8.name}}, {"symmetric": _no(False), "signed_scale": _no(True)}
         ),
     ]
+
+
+def _cache_rule() -> Schema:
+    """Static scales have no groups, dynamic ones are of tokens."""
+    axes, sizes = ("keys", "values"), ("key_group_size", "value_group_size")
+    static = {**{key: _no("token") for key in axes}, **{key: {"type": "null"} for key in sizes}}
+    dynamic = {key: {"enum": ["token", "channel"]} for key in axes}
+    return _if({"mode": {"const": "static"}}, static, dynamic)
 
 
 def _scheme_rules() -> list[Schema]:

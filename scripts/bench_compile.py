@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import yaml
 from arguments import command_line, model_parser
 from figures import write_figures
 from model_candidates import RANDOM, random_in_memory
@@ -36,6 +37,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument(
         "--head", metavar="SCHEME", help="quantize the output head too, for instance with w8a8"
+    )
+    parser.add_argument(
+        "--caches",
+        nargs="+",
+        type=yaml.safe_load,
+        default=[],
+        metavar="YAML",
+        help="each scheme with these key-value caches too: int8, '{bits: 8, mode: static}'",
     )
     parser.add_argument("--prompt", type=positive, default=128, metavar="T")
     parser.add_argument("--tokens", type=positive, default=33, metavar="T")
@@ -62,6 +71,11 @@ def build(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         models[scheme] = copy.deepcopy(model)
         request = {"scheme": scheme, "rules": head, **tied}
         ptq.quantize(models[scheme], request, console=console)
+        for cache in options.caches:
+            # Which scales a static cache has does not change how fast it is.
+            text = torch.randint(5, model.config.vocab_size, (1, 64))
+            twin = copy.deepcopy(models[scheme])
+            models[f"{scheme}, cache {cache}"] = ptq.quantize_cache(twin, cache, calibration=[text])
     return models
 
 
@@ -109,7 +123,7 @@ def bench(options: argparse.Namespace, console: Console) -> None:
             row["compile_seconds"] = first_tokens[name]
         rows.append(row)
         console.say(
-            f"{name:24} {1e3 / row['milliseconds']:6.1f} tokens/s  "
+            f"{name:48} {1e3 / row['milliseconds']:6.1f} tokens/s  "
             f"{row['speed_over_bfloat16']:5.2f}x bfloat16 eager "
             f"[{row['spread_over_bfloat16'][0]:.2f}, {row['spread_over_bfloat16'][1]:.2f}]  "
             f"{row['speed_over_bfloat16 compiled']:5.2f}x bfloat16 compiled"

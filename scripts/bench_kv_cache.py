@@ -37,8 +37,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=yaml.safe_load,
         default=["int8", "int4"],
         metavar="YAML",
-        help="as in a configuration: int8, '{bits: 4, window: 128}' (default: int8 int4)",
+        help="as in a configuration: int8, '{bits: 4, window: 128}', '{bits: 8, mode: static}' "
+        "(default: int8 int4)",
     )
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        default=["calibration_data/calibration.jsonl"],
+        help="text for static caches",
+    )
+    parser.add_argument("--samples", type=positive, default=64, help="sequences of that text")
+    parser.add_argument(
+        "--sequence-length", type=positive, default=512, metavar="T", help="of each"
+    )
+    parser.add_argument("--observer", default="minmax", help="for static caches")
     parser.add_argument("--windows", type=int, default=8, help="0: no perplexity")
     parser.add_argument("--context", type=positive, default=2048, metavar="T")
     parser.add_argument(
@@ -69,7 +81,7 @@ def perplexities(options: argparse.Namespace, console: Console) -> list[dict[str
         reference.record(model, tokens.sequences, console.bar("window"))
         for cache in options.caches:
             console.stage(str(cache))
-            ptq.quantize_cache(model, cache)
+            quantize(model, cache, tokenizer, options, console)
             bar = console.bar("window")
             found = compare(model, tokens, reference, through_cache=True, progress=bar)
             settings = cache_config(cache)
@@ -86,14 +98,40 @@ def perplexities(options: argparse.Namespace, console: Console) -> list[dict[str
     return rows
 
 
+def quantize(
+    model: Any, cache: Any, tokenizer: Any, options: argparse.Namespace, console: Console
+) -> None:
+    """Quantize the model's cache, on calibration text where it is static."""
+    import ptq
+    from ptq.calibrate import batches, calibration_tokens
+    from ptq.config import CalibrationConfig
+
+    data = None
+    if cache_config(cache).static:
+        section = CalibrationConfig(
+            data=options.calibration,
+            samples=options.samples,
+            sequence_length=options.sequence_length,
+        )
+        data = list(batches(calibration_tokens(section, tokenizer), 1))
+    bar = console.bar("sequence")
+    ptq.quantize_cache(model, cache, calibration=data, observer=options.observer, progress=bar)
+
+
 @torch.no_grad()
 def bfloat16_size(model: Any, cache: Any, tokens: int) -> Any:
     """What the cache of a bfloat16 model holds, from a run without values on the meta device."""
     import ptq
+    from ptq.kv_cache import held_scales
     from ptq.model import skeleton
 
     empty = skeleton(copy.deepcopy(model.config), torch.bfloat16)
-    made = ptq.QuantizedCache(model.config, **cache_config(cache).model_dump())
+    scales = copy.deepcopy(held_scales(model))
+    made = ptq.QuantizedCache(
+        model.config,
+        scales=scales and {index: layer.to("meta") for index, layer in scales.items()},
+        **cache_config(cache).model_dump(),
+    )
     ids = torch.zeros((1, tokens), dtype=torch.int64, device="meta")
     empty(input_ids=ids, past_key_values=made, use_cache=True)
     return made.size().to_dict()
@@ -118,7 +156,7 @@ def speeds(options: argparse.Namespace, console: Console) -> list[dict[str, Any]
     import ptq
     from ptq.kv_cache import new_cache
 
-    model, _ = ptq.load_float(options.model, dtype="bfloat16")
+    model, tokenizer = ptq.load_float(options.model, dtype="bfloat16")
     rows = []
     for length in options.decode_after:
         console.stage(f"decode after {length}")
@@ -126,7 +164,7 @@ def speeds(options: argparse.Namespace, console: Console) -> list[dict[str, Any]
         prompt, following = ids[:, :length], ids[:, length:]
         filled = {FLOAT: model(input_ids=prompt, use_cache=True).past_key_values}
         for cache in options.caches:
-            ptq.quantize_cache(model, cache)
+            quantize(model, cache, tokenizer, options, console)
             filled[str(cache)] = new_cache(model)
             model(input_ids=prompt, past_key_values=filled[str(cache)], use_cache=True)
         candidates = {

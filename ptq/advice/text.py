@@ -36,7 +36,8 @@ def config_text(wishes: Wishes, facts: Facts, choice: Choice, checkpoint: str) -
         )  # fmt: skip
     if choice.measured.samples:
         parts.append(_calibration(wishes, facts, choice))
-    parts += [_evaluation(wishes, facts, choice), _output(facts, checkpoint)]
+    parts += [_cache(facts, choice), _evaluation(wishes, facts, choice)]
+    parts.append(_output(facts, checkpoint))
     return "\n".join(part for part in parts if part)
 
 
@@ -105,6 +106,20 @@ def _calibration(wishes: Wishes, facts: Facts, choice: Choice) -> str:
         + f"  samples: {choice.measured.samples}\n"
         + f"  sequence_length: {min(length, facts.positions or length)}\n"
     )  # fmt: skip
+
+
+def _cache(facts: Facts, choice: Choice) -> str:
+    """A key that is left for the user to take."""
+    if not (facts.predicts and facts.reads_text):
+        return ""
+    static = ""
+    if choice.measured.samples and not choice.stream:
+        static = " With {bits: 8, mode: static} the scales come from the calibration text."
+    return _comment(
+        "Keys and values of model.generate as integers, in half the bytes of bfloat16 (int4: 0.3):"
+        + static,
+        "kv_cache: int8",
+    )
 
 
 def _evaluation(wishes: Wishes, facts: Facts, choice: Choice) -> str:

@@ -35,13 +35,14 @@ def batches_of(data: Any) -> Iterable[Any]:
     return data
 
 
-def call(model: nn.Module, batch: Any, index: int) -> Any:
+def call(model: nn.Module, batch: Any, index: int, **options: Any) -> Any:
     """Run the model on one batch, moved to the device of its parameters.
 
     Args:
         batch: a tensor (the one argument), a tuple or list (positional arguments), or a mapping
             (keyword arguments; a model with ``config.use_cache`` also gets ``use_cache=False``).
         index: its number, for the error.
+        options: further keyword arguments of the model.
 
     Returns:
         What the model returns.
@@ -51,14 +52,14 @@ def call(model: nn.Module, batch: Any, index: int) -> Any:
     """
     device = next(model.parameters()).device
     if isinstance(batch, Mapping):
-        arguments = {key: _to(value, device) for key, value in batch.items()}
+        arguments = {key: _to(value, device) for key, value in batch.items()} | options
         if hasattr(getattr(model, "config", None), "use_cache"):
             arguments.setdefault("use_cache", False)
         return model(**arguments)
     if isinstance(batch, tuple | list):
-        return model(*[_to(value, device) for value in batch])
+        return model(*[_to(value, device) for value in batch], **options)
     if isinstance(batch, Tensor):
-        return model(batch.to(device))
+        return model(batch.to(device), **options)
     raise CalibrationError(
         f"calibration batch {index} is a {type(batch).__name__}; expected a tensor, a tuple "
         "of positional arguments or a mapping of keyword arguments"

@@ -23,7 +23,7 @@ from ptq.checkpoint.tensors import distinct_tensors
 from ptq.checkpoint.written import Verify
 from ptq.core import QuantizedWeight, split_rows
 from ptq.errors import CheckpointError, UnsupportedError
-from ptq.kv_cache import cache_settings
+from ptq.kv_cache import cache_settings, is_scale
 from ptq.model import FileNames, is_fused_experts, stands_for, unfolded
 from ptq.modules import QuantEmbedding, QuantLinear, quantized_modules
 
@@ -269,7 +269,7 @@ def _tensors(checkpoint: _Checkpoint) -> tuple[dict[str, Tensor], Elsewhere]:
     tensors = {}
     for key, tensor in found.items():
         owner, _, leaf = key.rpartition(".")
-        if key in own:
+        if key in own or is_scale(key):
             continue
         if owner not in linears:
             tensors[names.in_file(key)] = tensor

@@ -17,10 +17,10 @@ from ptq.checkpoint.from_config import generation_config, load_config, model_of
 from ptq.checkpoint.manifest import CONFIG, GENERATION_CONFIG, INDEX, Manifest
 from ptq.checkpoint.manifest_read import check_index, read_manifest
 from ptq.checkpoint.shard import Stored, read_tensor
-from ptq.checkpoint.slots import check_fit, empty_layers, slots
+from ptq.checkpoint.slots import check_fit, dtype_named, empty_layers, slots
 from ptq.checkpoint.values import check_computed_size, check_layers
 from ptq.errors import CheckpointError, UnsupportedError
-from ptq.kv_cache import attach_cache
+from ptq.kv_cache import attach_cache, hold_empty_scales
 from ptq.model import fill_computed_buffers, replace_modules, unfolded
 from ptq.modules import share_inputs, tie_shared
 
@@ -52,6 +52,9 @@ def load(
 
     with Ahead(read, files) as ahead:
         model = _empty_model(root, manifest) if model is None else model
+        if isinstance(model, PreTrainedModel) and cache is not None and cache.static:
+            stored = {k: (dtype_named(e.dtype), e.shape) for k, e in manifest.tensors.items()}
+            hold_empty_scales(model, model.config, cache, stored, root)
         with unfolded(model, manifest.layers):
             layers = empty_layers(model, manifest.layers)
             check_fit(slots(model, layers), manifest)

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig, GenerationConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel, StaticCache
 
 from ptq.compilation.step import CompiledStep, bind
+from ptq.config import KVCacheConfig
 from ptq.errors import ConfigError, UnsupportedError
-from ptq.kv_cache import cache_settings
+from ptq.kv_cache import GenerateQuantized, cache_settings, held_scales, make_fixed
 from ptq.model import eval_mode, max_positions
 from ptq.native import find_compiler
 
@@ -24,12 +25,13 @@ def compile_model(
     """Make a model faster with ``torch.compile``, in place.
 
     A model that generates: ``model.generate`` decodes through one compiled graph, with a key-value
-    cache of fixed size; prompts run as before, because a graph for every length would cost more
-    than it saves. The graph is compiled now, which takes some 15 s, and 5 s when the
-    compiler's cache on the disk has it: blocks that do the same are compiled once. Other numbers of
-    sequences than ``batch_size``, and more tokens than ``max_length``, compile again when they
-    first come; other numbers of sequences every block by itself, which takes longer. What is
-    changed of the model is noticed when the next generation begins.
+    cache of fixed size (quantized, if :func:`ptq.quantize_cache` was called before); prompts run as
+    before, because a graph for every length would cost more than it saves. On a GPU the graph is a
+    CUDA graph. It is compiled now, which takes some 15 s, and 5 s when the compiler's cache on the
+    disk has it: blocks that do the same are compiled once. Other numbers of sequences than
+    ``batch_size``, and more tokens than ``max_length``, compile again when they first come; other
+    numbers of sequences every block by itself, which takes longer. What is changed of the model is
+    noticed when the next generation begins.
 
     Any other model: its ``forward`` is compiled when it is first called, for any number of tokens:
     one graph for each range of rows that has a kernel of its own, and one for the first shape.
@@ -46,8 +48,8 @@ def compile_model(
         The model.
 
     Raises:
-        UnsupportedError: there is no C++ compiler for a model on the CPU, the model has no
-            key-value cache of fixed size, or its cache is quantized.
+        UnsupportedError: there is no C++ compiler for a model on the CPU, or the model has no
+            key-value cache of fixed size, or a quantized one with a sliding window.
         ConfigError: ``max_length`` or ``batch_size`` is out of range.
     """
     _require_compiler(model)
@@ -64,10 +66,14 @@ class CompiledGenerate:
 
     With another cache, or a way of decoding that transformers offers without such a cache only
     (an assistant, prompt look-up), the model generates as before.
+
+    Args:
+        kv_cache: how keys and values are kept, None for float.
     """
 
-    def __init__(self, model: Any, batch_size: int) -> None:
+    def __init__(self, model: Any, batch_size: int, kv_cache: KVCacheConfig | None = None) -> None:
         self.model = model
+        self.kv_cache = kv_cache
         self.step = CompiledStep(model, batch_size)
         self.settings = CompileConfig()
         # Else transformers compiles on accelerators only.
@@ -76,18 +82,29 @@ class CompiledGenerate:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         self.step.begin()
         self.model.get_compiled_call = self._step
+        self.model._prepare_static_cache = self._fixed_cache
         try:
             return self._generate(*arguments, **options)
         finally:
-            del self.model.get_compiled_call
+            del self.model.get_compiled_call, self.model._prepare_static_cache
 
     def _step(self, settings: object) -> CompiledStep:
         return self.step
+
+    def _fixed_cache(self, *arguments: Any, **options: Any) -> Any:
+        """transformers' cache of fixed size, its layers quantized where that was asked for."""
+        model = self.model
+        cache = type(model)._prepare_static_cache(model, *arguments, **options)
+        if self.kv_cache is not None:
+            make_fixed(cache, model.config, self.kv_cache, held_scales(model))
+        return cache
 
     def _generate(self, *arguments: Any, **options: Any) -> Any:
         generate = type(self.model).generate
         given = any(options.get(name) is not None for name in _OTHER_CACHES)
         if given or options.get("use_cache") is False:
+            if self.kv_cache is not None:
+                return GenerateQuantized(self.model, self.kv_cache)(*arguments, **options)
             return generate(self.model, *arguments, **options)
         fixed = {"cache_implementation": "static", "compile_config": self.settings}
         config = options.get("generation_config")
@@ -106,22 +123,33 @@ def _compile_generation(model: Any, max_length: int | None, batch_size: int) -> 
         raise ConfigError(f"max_length {max_length}: choose {_WARM_TOKENS + 1} to {limit}")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size {batch_size}: at least 1")
-    if cache_settings(model) is not None:
-        raise UnsupportedError(
-            "compiled decoding has a float cache of fixed size, and this model's is quantized; "
-            "call ptq.quantize_cache(model, None) first"
-        )
     if not model._can_compile_fullgraph:
         raise UnsupportedError(
             f"{type(model).__name__} does not support a cache of fixed size in transformers; "
             "call torch.compile yourself"
         )
-    model.generate = CompiledGenerate(model, batch_size)
+    settings = cache_settings(model)
+    if settings is not None:
+        _check_cache(model, settings)
+    before = model.__dict__.get("generate")
+    model.generate = CompiledGenerate(model, batch_size, settings)
     try:
         _warm_up(model, max_length, batch_size)
     except BaseException:
         del model.generate
+        if settings is not None:
+            model.generate = before
         raise
+
+
+def _check_cache(model: Any, settings: KVCacheConfig) -> None:
+    """Whether there is such a quantized cache of fixed size."""
+    if model.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{type(model).__name__} is an encoder-decoder, whose quantized cache is not for "
+            "compiled decoding: call ptq.quantize_cache(model, None) first"
+        )
+    make_fixed(StaticCache(model.config, 1), model.config, settings, held_scales(model))
 
 
 def _require_compiler(model: nn.Module) -> None:

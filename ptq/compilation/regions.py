@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
 from ptq.compilation.likeness import differences, leaves
+from ptq.kv_cache import FixedLayer
 from ptq.model import eval_mode
 
 
@@ -61,7 +62,7 @@ def find_regions(model: Any, options: dict[str, Any]) -> dict[nn.Module, Region]
     firsts: list[tuple[nn.Module, int]] = []
     found: dict[nn.Module, Region] = {}
     for block, position in _positions(model):
-        if block not in calls or type(cache.layers[position]) is not StaticLayer:
+        if block not in calls or type(cache.layers[position]) not in (StaticLayer, FixedLayer):
             continue
         for group, (first, of_first) in enumerate(firsts):
             if _alike(first, of_first, block, position, calls[block], cache):
@@ -88,8 +89,7 @@ def as_regions(regions: dict[nn.Module, Region]) -> Iterator[None]:
 def _forward(block: nn.Module, region: Region) -> Any:
     def forward(hidden: Tensor, *, past_key_values: Any = None, **options: Any) -> Any:
         layer = past_key_values.layers[region.position]
-        states = (layer.keys, layer.values, layer.cumulative_length)
-        return _region(region.group, region.count, block, hidden, *states, options)
+        return _region(region.group, region.count, block, hidden, *_taken_apart(layer), options)
 
     return forward
 
@@ -99,18 +99,31 @@ def _run(
     count: int,
     block: nn.Module,
     hidden: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    length: Tensor,
+    spec: Any,
+    parts: list[Tensor],
     options: dict[str, Any],
 ) -> Any:
-    """The block's own forward pass, with a cache whose every layer is the given one."""
+    """The block's own forward pass, with a cache whose every layer is the one of these parts."""
+    cache = Cache(layers=[_put_together(spec, parts)] * count)
+    return type(block).forward(block, hidden, past_key_values=cache, **options)
+
+
+def _taken_apart(layer: Any) -> tuple[Any, list[Tensor]]:
+    """A layer of the cache as constants and tensors, which are all that a region may be given."""
+    if isinstance(layer, FixedLayer):
+        return layer.spec, layer.parts()
+    return None, [layer.keys, layer.values, layer.cumulative_length]
+
+
+def _put_together(spec: Any, parts: list[Tensor]) -> Any:
+    if spec is not None:
+        return FixedLayer.of(spec, parts)
+    keys, values, length = parts
     layer = StaticLayer(keys.shape[2])
     layer.keys, layer.values, layer.cumulative_length = keys, values, length
     layer.dtype, layer.device = keys.dtype, keys.device
     layer.is_initialized = True
-    cache = Cache(layers=[layer] * count)
-    return type(block).forward(block, hidden, past_key_values=cache, **options)
+    return layer
 
 
 _region = (
@@ -152,12 +165,11 @@ def _alike(
     places = differences(leaves(first), leaves(block), (of_first, position))
     if places is None:
         return False
-    layer = copy.deepcopy(cache.layers[position])
-    states = (layer.keys, layer.values, layer.cumulative_length)
+    parts = _taken_apart(copy.deepcopy(cache.layers[position]))
     for owner, name in places:
         vars(owner)[name] = of_first
     try:
-        found = _run(0, len(cache.layers), block, call.hidden, *states, call.options)
+        found = _run(0, len(cache.layers), block, call.hidden, *parts, call.options)
     finally:
         for owner, name in places:
             vars(owner)[name] = position

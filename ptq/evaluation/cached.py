@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ptq.errors import ConfigError
 from ptq.evaluation.logits import checked_logits
-from ptq.kv_cache import CacheSize, QuantizedCache, cache_settings
+from ptq.kv_cache import CacheSize, QuantizedCache, cache_settings, held_scales
 from ptq.model import eval_mode
 
 _PIECE = 64  # tokens at a time, where it makes no difference
@@ -44,7 +44,7 @@ class CachedLogits:
             UnsupportedError, ModelError: as :func:`window_logits`.
         """
         config: Any = model.config
-        cache = QuantizedCache(config, **self.settings.model_dump())
+        cache = QuantizedCache(config, scales=held_scales(model), **self.settings.model_dump())
         step = max((layer.step for layer in cache.quantized), default=1)
         length = max(step, _SMALL_PIECE) if self.settings.window else _PIECE
         ids = window.to(next(model.parameters()).device)

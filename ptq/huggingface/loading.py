@@ -22,7 +22,7 @@ from ptq.huggingface.contents import Contents, read_contents
 from ptq.huggingface.hashes import hash_check
 from ptq.huggingface.naming import as_saved, name_in
 from ptq.kernels import aligned
-from ptq.kv_cache import attach_cache
+from ptq.kv_cache import attach_cache, hold_empty_scales
 from ptq.model import replace_modules, unfold, unfolded
 from ptq.modules import QuantEmbedding, QuantLinear, share_inputs, tie_shared
 
@@ -75,6 +75,7 @@ def prepare(model: PreTrainedModel, section: Mapping[str, Any], files: Sequence[
         exact = frozenset(
             f"{name}.{key}" for name, layer in layers.items() for key, _ in layer.named_buffers()
         )
+        exact |= _hold_scales(model, description.kv_cache, contents)
         shared = _tie(model, layers, description.aliases, path)
         _check(model, saved, contents, exact)
         hashes.begin_rest()
@@ -124,6 +125,16 @@ def finish(model: PreTrainedModel, prepared: Prepared) -> None:
     check_layers(prepared.layers)
     if prepared.kv_cache is not None:
         attach_cache(model, prepared.kv_cache)
+
+
+def _hold_scales(
+    model: PreTrainedModel, cache: KVCacheConfig | None, contents: Contents
+) -> set[str]:
+    """Empty scales of a static cache, in a model that can use them; returns their names."""
+    if cache is None or not cache.static or not model.can_generate():
+        return set()
+    stored = {key: (found.dtype, found.shape) for key, found in contents.tensors.items()}
+    return set(hold_empty_scales(model, model.config, cache, stored, contents))
 
 
 def _empty_layers(

@@ -13,7 +13,7 @@ from ptq.config import ActivationScheme
 from ptq.errors import ConfigError
 from ptq.evaluation import evaluated_as, known_figures, parse_conditions, require_generation
 from ptq.job.state import Job
-from ptq.kv_cache import check_cache
+from ptq.kv_cache import check_cache, expected_scales, hold_scales
 from ptq.model import ModelSource, load_model_config, require_token_ids, resolve_device, skeleton
 from ptq.observers import make_observer
 from ptq.planning import plan
@@ -27,7 +27,7 @@ from ptq.preflight import (
     measure_rates,
     predict,
 )
-from ptq.quantization import calibration_section
+from ptq.quantization import calibration_section, has_static_cache, observer_of
 from ptq.recipe import make_recipe
 from ptq.report import sizes
 from ptq.report.report import memory_bytes
@@ -53,9 +53,22 @@ def make_plan(job: Job, full: bool) -> None:
     job.report.sections["plan"] = job.plan.to_dict()
     job.report.sections["size"] = sizes(job.plan)
     job.console.say(job.plan.table(full))
-    if job.config.kv_cache is not None:
-        job.console.say(f"key-value cache: {job.config.kv_cache}")
+    _plan_cache(job, empty)
     _predict(job, empty, parse_seconds)
+
+
+def _plan_cache(job: Job, empty: PreTrainedModel) -> None:
+    """Say how keys and values are kept; static scales become part of the empty model."""
+    settings = job.config.kv_cache
+    if settings is None:
+        return
+    layers = expected_scales(empty.config, settings)
+    more = ""
+    if layers:
+        hold_scales(empty, layers)
+        job.cache_bytes = sum(b.nbytes for layer in layers.values() for b in layer.buffers())
+        more = f"; {job.cache_bytes:,} bytes of scales in the checkpoint, from calibration"
+    job.console.say(f"key-value cache: {settings}{more}")
 
 
 def _predict(job: Job, empty: PreTrainedModel, parse_seconds: float) -> None:
@@ -104,8 +117,8 @@ def _check_model(job: Job, empty: nn.Module) -> None:
         require_token_ids(empty)
     elif job.config.calibration is not None:
         job.note(
-            "the calibration section is not used: no layer has static activations, "
-            f"and the recipe [{job.recipe}] needs no data"
+            "the calibration section is not used: no layer has static activations, the key-value "
+            f"cache has no static scales, and the recipe [{job.recipe}] needs no data"
         )
     if job.config.evaluation is not None:
         job.kind = evaluated_as(empty)
@@ -118,7 +131,7 @@ def _check_model(job: Job, empty: nn.Module) -> None:
     if job.config.generation is not None:
         require_generation(empty)
     if job.config.kv_cache is not None:
-        check_cache(empty, job.config.kv_cache)
+        check_cache(empty, job.config.kv_cache, observer_of(job.config))
 
 
 def _check_streaming(job: Job) -> None:
@@ -135,6 +148,11 @@ def _check_streaming(job: Job) -> None:
         problem = (
             f"static activations with recipe [{job.recipe}] are calibrated on the whole float "
             "model; take a recipe that goes block by block, such as [gptq]"
+        )
+    elif has_static_cache(job.config):
+        problem = (
+            "static scales of the key-value cache are calibrated on the whole quantized model; "
+            "choose kv_cache.mode: dynamic"
         )
     if problem is not None:
         raise ConfigError(f"model.stream: {problem}, or set model.stream: false")

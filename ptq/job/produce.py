@@ -78,9 +78,9 @@ def save_checkpoint(job: Job, model: nn.Module) -> None:
         card=False,  # when everything is measured
     )
     job.console.say(f"bit-equal: {verified[0]}")
-    if manifest.total_tensor_bytes != job.plan.bytes_after:
+    if manifest.total_tensor_bytes != job.tensor_bytes:
         job.note(
-            f"the plan predicted {job.plan.bytes_after:,} bytes of tensors, "
+            f"the plan predicted {job.tensor_bytes:,} bytes of tensors, "
             f"the checkpoint has {manifest.total_tensor_bytes:,}"
         )
     job.console.outcome = (
@@ -89,7 +89,7 @@ def save_checkpoint(job: Job, model: nn.Module) -> None:
     weights = sum(p.stat().st_size for p in Path(job.output.dir).glob("*.safetensors"))
     job.report.sections["checkpoint"] = {
         "directory": job.output.dir,
-        "predicted_tensor_bytes": job.plan.bytes_after,
+        "predicted_tensor_bytes": job.tensor_bytes,
         "tensor_bytes": manifest.total_tensor_bytes,
         "weight_file_bytes": weights,
         "manifest_sha256": manifest.manifest_sha256,

@@ -38,6 +38,7 @@ class Job:
     model_config: PretrainedConfig = field(init=False)
     recipe: Recipe = field(init=False)
     plan: Plan = field(init=False)
+    cache_bytes: int = field(default=0, init=False)  # of the static scales of keys and values
     facts: Facts = field(init=False)
     forecast: Callable[[Facts], Prediction] = field(init=False)
     work: Work | None = field(default=None, init=False)
@@ -78,8 +79,13 @@ class Job:
         return self.config.output
 
     @property
+    def tensor_bytes(self) -> int:
+        """Of all tensors of the checkpoint, as planned."""
+        return self.plan.bytes_after + self.cache_bytes
+
+    @property
     def calibrates(self) -> bool:
-        return needs_data(self.plan, self.recipe)
+        return needs_data(self.plan, self.recipe, self.config)
 
     def dtype(self) -> torch.dtype:
         """dtype of what stays float: the output section's, else the loaded model's."""

@@ -14,7 +14,7 @@ def check_output(job: Job) -> None:
     A run that was ended while it saved may have left one, and may replace it, if its work
     turns out to be this run's.
     """
-    needed = int(job.plan.bytes_after * 1.02)
+    needed = int(job.tensor_bytes * 1.02)
     replaces = job.output.overwrite or saving_was_cut_off(job.work_root)
     checkpoint.check_target(job.output.dir, replaces, needed)
 
@@ -34,7 +34,7 @@ def opened_work(job: Job) -> Iterator[None]:
     job.work = Work.open(job.work_root, wanted, resume=resume, streams=streams, say=job.note)
     job.console.outcome = f"the same command goes on with what is in {job.work_root}"
     try:
-        needed = int(job.plan.bytes_after * 1.02) + _work_bytes(job, job.work)
+        needed = int(job.tensor_bytes * 1.02) + _work_bytes(job, job.work)
         checkpoint.check_target(job.output.dir, job.may_replace, needed)
         yield
     finally:
@@ -51,4 +51,4 @@ def _work_bytes(job: Job, work: Work) -> int:
         followed = 2 if job.recipe.needs_targets else 1
         states = 2 * followed * job.calibration.tokens * width * itemsize
     there = sum(path.stat().st_size for path in work.root.iterdir() if path.is_file())
-    return max(0, job.plan.bytes_after + states - there)
+    return max(0, job.tensor_bytes + states - there)

@@ -1,5 +1,6 @@
 """The quantized key-value cache of a model."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,10 +12,10 @@ from transformers.cache_utils import (
 )
 
 from ptq.config import KVCacheConfig, make_section
-from ptq.errors import UnsupportedError
+from ptq.errors import ConfigError, UnsupportedError
 from ptq.kv_cache.layer import QuantizedLayer, state_formats
+from ptq.kv_cache.scales import QUANTIZED, LayerScales, quantized_layers
 
-_QUANTIZED = ("full_attention", "sliding_attention", "chunked_attention")
 _BFLOAT16 = 2  # bytes
 
 
@@ -24,7 +25,8 @@ class CacheSize:
 
     Args:
         tokens: that it has seen, of each sequence.
-        nbytes: of all its tensors: codes, scales, zero points, and what is float.
+        nbytes: of all its tensors: codes, scales, zero points, and what is float; not the model's
+            static scales.
         bfloat16_nbytes: of the same tokens' keys and values in bfloat16.
     """
 
@@ -66,21 +68,33 @@ class QuantizedCache(Cache):
         config: of the model.
         bits: 8 or 4.
         settings: further ones, as of :class:`ptq.config.KVCacheConfig`: ``keys``, ``values``,
-            ``key_group_size``, ``value_group_size``, ``symmetric``, ``window``, ``scale_dtype``.
+            ``key_group_size``, ``value_group_size``, ``symmetric``, ``window``, ``scale_dtype``,
+            ``mode``.
+        scales: of each layer, where ``mode`` is static: ``ptq.kv_cache.held_scales(model)``, or
+            from :func:`ptq.kv_cache.calibrate_cache`.
 
     Raises:
-        ConfigError: a setting is unknown or out of range.
+        ConfigError: a setting is unknown or out of range, or static scales are missing or of
+            another number of layers.
         UnsupportedError: the model has no key-value cache, or a group size does not fit its heads.
     """
 
-    def __init__(self, config: PretrainedConfig, bits: int = 8, **settings: Any) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        bits: int = 8,
+        *,
+        scales: Mapping[int, LayerScales] | None = None,
+        **settings: Any,
+    ) -> None:
         self.settings = make_section(KVCacheConfig, "QuantizedCache", bits=bits, **settings)
         check_heads(config, self.settings)
+        scales = _checked(scales, config, self.settings)
         types, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         super().__init__(
             layers=[
-                _layer(kind, kwargs, self.settings)
-                for kind, kwargs in zip(types, options, strict=True)
+                _layer(kind, kwargs, self.settings, scales.get(index))
+                for index, (kind, kwargs) in enumerate(zip(types, options, strict=True))
             ]
         )
 
@@ -110,7 +124,7 @@ def check_heads(config: PretrainedConfig, settings: KVCacheConfig) -> None:
     """
     text = config.get_text_config(decoder=True)
     types, _ = get_layer_types_and_kwargs(text)
-    if not set(types) & set(_QUANTIZED):
+    if not quantized_layers(config):
         found = ", ".join(sorted(set(types))) or "none"
         raise UnsupportedError(
             f"no layer of a {config.model_type} model has a key-value cache that ptq can quantize "
@@ -122,7 +136,30 @@ def check_heads(config: PretrainedConfig, settings: KVCacheConfig) -> None:
             fmt.check(name, width)
 
 
-def _layer(kind: str, options: dict[str, Any], settings: KVCacheConfig) -> Any:
-    if kind not in _QUANTIZED:
+def _checked(
+    scales: Mapping[int, LayerScales] | None, config: PretrainedConfig, settings: KVCacheConfig
+) -> Mapping[int, LayerScales]:
+    """Static scales of every layer; none for a dynamic cache."""
+    if not settings.static:
+        return {}
+    if scales is None:
+        raise ConfigError(
+            "QuantizedCache: mode: static needs calibrated scales: call ptq.quantize_cache(model, "
+            "{'mode': 'static'}, calibration=batches), and let model.generate make the cache"
+        )
+    wanted = quantized_layers(config)
+    if sorted(scales) != wanted:
+        raise ConfigError(
+            f"the static scales of the key-value cache are of {len(scales)} layers, and "
+            f"{len(wanted)} layers of this {config.model_type} model have such a cache; calibrate "
+            "them with this model"
+        )
+    return scales
+
+
+def _layer(
+    kind: str, options: dict[str, Any], settings: KVCacheConfig, scales: LayerScales | None
+) -> Any:
+    if kind not in QUANTIZED:
         return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
-    return QuantizedLayer(settings, options.get("sliding_window"))
+    return QuantizedLayer(settings, options.get("sliding_window"), scales)

@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ptq.config import KVCacheConfig, torch_dtype
 from ptq.errors import UnsupportedError
+from ptq.kv_cache.scales import LayerScales
 from ptq.kv_cache.states import QuantizedStates, StateFormat
 
 
@@ -17,7 +18,8 @@ class QuantizedLayer(DynamicLayer):
     Tokens are quantized once, when ``window`` newer ones and a whole group are there, after the
     attention has seen them in float: 64 to 127 tokens are float with a window and groups of 64
     (Liu et al. 2024, KIVI, section 3.2). Without a window the attention reads what is kept, so it
-    does not matter in what pieces tokens come, as long as they are whole groups.
+    does not matter in what pieces tokens come, as long as they are whole groups. With static scales
+    each token is a group.
 
     With ``sliding_window`` only the tokens that the next one can see are kept, and what fills up a
     group; all of them stay float if that is no more than the float window and one group.
@@ -26,9 +28,14 @@ class QuantizedLayer(DynamicLayer):
     that assisted decoding can take tokens back as if they had never been there.
     """
 
-    def __init__(self, settings: KVCacheConfig, sliding_window: int | None = None) -> None:
+    def __init__(
+        self,
+        settings: KVCacheConfig,
+        sliding_window: int | None = None,
+        scales: LayerScales | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.formats = state_formats(settings)
+        self.formats = state_formats(settings, scales)
         self.window = settings.window
         self.step = math.lcm(*(fmt.tokens for fmt in self.formats))
         self.sliding_window = sliding_window
@@ -44,12 +51,14 @@ class QuantizedLayer(DynamicLayer):
         """Empty states of these shapes but for the tokens.
 
         Raises:
-            UnsupportedError: a group size does not fit the heads.
+            UnsupportedError: a group size, or static scales, do not fit the heads.
         """
         for fmt, name, states in zip(
             self.formats, ("key", "value"), (key_states, value_states), strict=True
         ):
-            fmt.check(name, states.shape[-1])
+            fmt.check(name, states.shape[-1], states.shape[1])
+        keys, values = (fmt.on(key_states.device) for fmt in self.formats)
+        self.formats = keys, values
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
@@ -213,17 +222,34 @@ class QuantizedLayer(DynamicLayer):
         return sum(floats) + sum(states.numel for states in self.stored or ())
 
 
-def state_formats(settings: KVCacheConfig) -> tuple[StateFormat, StateFormat]:
-    """How keys and values are stored."""
+def state_formats(
+    settings: KVCacheConfig, scales: LayerScales | None = None
+) -> tuple[StateFormat, StateFormat]:
+    """How keys and values are stored.
+
+    Args:
+        scales: of a static cache; without them, its formats are for checks only.
+    """
     pairs = (
         (settings.keys, settings.key_group_size),
         (settings.values, settings.value_group_size),
     )
-    scale_dtype = torch_dtype(settings.scale_dtype)
-    formats = [
-        StateFormat(settings.bits, 1, size, settings.symmetric, scale_dtype)
-        if axis == "token"
-        else StateFormat(settings.bits, size or 1, 1, settings.symmetric, scale_dtype)
-        for axis, size in pairs
-    ]
-    return formats[0], formats[1]
+    static = (None, None) if scales is None else scales.pair
+    keys, values = (
+        StateFormat(
+            settings.bits,
+            *_block(axis, size, settings.static),
+            settings.symmetric,
+            torch_dtype(settings.scale_dtype),
+            found,
+        )
+        for (axis, size), found in zip(pairs, static, strict=True)
+    )
+    return keys, values
+
+
+def _block(axis: str, size: int | None, static: bool) -> tuple[int, int | None]:
+    """Tokens and channels that share a scale; of a static one, channels, whatever the tokens."""
+    if static:
+        return 1, 1 if axis == "channel" else None
+    return (1, size) if axis == "token" else (size or 1, 1)

@@ -5,18 +5,42 @@ block of tokens by channels, and the zero point of four-bit codes may lie outsid
 one channel often all have the same sign, and a range that must contain zero would waste codes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ptq.core.packing import pack
 from ptq.errors import UnsupportedError
 from ptq.formats import FORMATS
 
 _OUTSIDE = 112  # steps from zero that an int8 zero point of 4-bit codes can reach, with a margin
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _SUBNORMAL = {torch.float8_e5m2: 2.0**-16, torch.float16: 2.0**-24}
+
+
+@dataclass(frozen=True)
+class QParams:
+    """Scales and zero points.
+
+    Args:
+        scale: of any shape; a static one, for all tokens, is [H, D / channels], with 1 for H where
+            all heads share it.
+        zero_point: int8, likewise, or None.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def as_blocks(self) -> "QParams":
+        """[1, H, 1, 1, D / channels, 1], as blocks of states have them."""
+        shape = (1, self.scale.shape[0], 1, 1, self.scale.shape[1], 1)
+        zero_point = None if self.zero_point is None else self.zero_point.reshape(shape)
+        return QParams(self.scale.reshape(shape), zero_point)
+
+    def to(self, device: torch.device) -> "QParams":
+        zero_point = None if self.zero_point is None else self.zero_point.to(device)
+        return QParams(self.scale.to(device), zero_point)
 
 
 @dataclass(frozen=True)
@@ -29,6 +53,7 @@ class StateFormat:
         channels: channels that share a scale; None for all D.
         symmetric: without zero points.
         scale_dtype: of the stored scales.
+        static: the scale of all tokens, whatever they are; None: each block has its own.
     """
 
     bits: int
@@ -36,16 +61,29 @@ class StateFormat:
     channels: int | None
     symmetric: bool
     scale_dtype: torch.dtype
+    static: QParams | None = field(default=None, compare=False)
 
-    def check(self, name: str, width: int) -> None:
+    def on(self, device: torch.device) -> "StateFormat":
+        """With its static scale on this device."""
+        return self if self.static is None else replace(self, static=self.static.to(device))
+
+    def check(self, name: str, width: int, heads: int | None = None) -> None:
         """Whether heads of this width can be stored.
 
         Args:
             name: ``key`` or ``value``.
+            heads: how many there are, if that is known.
 
         Raises:
             UnsupportedError: they cannot.
         """
+        if self.static is not None and heads is not None:
+            shape = tuple(self.static.scale.shape)
+            if shape[0] not in (1, heads) or shape[1] not in (1, width):
+                raise UnsupportedError(
+                    f"the cache has static {name} scales {list(shape)}, and the model's {name}s "
+                    f"have {heads} heads of {width} channels; calibrate them with this model"
+                )
         if self.channels is not None and width % self.channels:
             raise UnsupportedError(
                 f"kv_cache.{name}_group_size {self.channels} does not divide the head's {width} "
@@ -66,25 +104,32 @@ class StateFormat:
     def quantize(self, x: Tensor) -> "QuantizedStates":
         """Codes of states [B, H, T, D], where T is a multiple of ``tokens``.
 
-        Every element is within half a step of its stored scale (and the rounding of x's own dtype).
+        Every element is within half a step of its stored scale (and the rounding of x's own dtype);
+        beyond the range of a static scale it becomes the outermost code.
         """
         parts = self.blocks(x.float())
-        scale, zero_point = self._qparams(parts.amin((3, 5), True), parts.amax((3, 5), True))
+        if self.static is None:
+            made = self.qparams(parts.amin((3, 5), True), parts.amax((3, 5), True))
+        else:
+            made = self.static.as_blocks()
+        scale, zero_point = made.scale, made.zero_point
         fmt = FORMATS[f"int{self.bits}"]
         codes = (parts / scale.float()).round_()
         if zero_point is not None:
             codes += zero_point.float()
         codes = codes.clamp_(fmt.qmin, fmt.qmax).to(fmt.dtype).reshape(x.shape)
         if self.bits == 4:  # one byte has a channel of the first half and its like of the second
-            pairs = torch.stack(codes.chunk(2, -1), -1)
-            codes = pack(pairs.reshape(-1, 2), fmt).view(pairs.shape[:-1])
+            low, high = (codes + 8).to(torch.uint8).chunk(2, -1)
+            codes = low | high << 4
         return QuantizedStates(self, codes, scale, zero_point)
 
-    def _qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+    def qparams(self, low: Tensor, high: Tensor) -> QParams:
+        """The scale and zero point, of the shape of ``low`` and ``high`` (float32), that reach from
+        the one to the other."""
         fmt = FORMATS[f"int{self.bits}"]
         largest = torch.maximum(high, -low)
         if self.symmetric:
-            return _round_up(largest / (fmt.qmax + 0.5), self.scale_dtype), None
+            return QParams(_round_up(largest / (fmt.qmax + 0.5), self.scale_dtype), None)
         if self.bits == 8:
             low, high = low.clamp(max=0), high.clamp(min=0)
         exact = (high - low) / (fmt.qmax - fmt.qmin)
@@ -92,7 +137,7 @@ class StateFormat:
             exact = torch.maximum(exact, largest / _OUTSIDE)
         scale = _round_up(exact, self.scale_dtype)
         zero_point = fmt.qmin - (low / scale.float()).round()
-        return scale, zero_point.clamp_(-128, 127).to(torch.int8)
+        return QParams(scale, zero_point.clamp_(-128, 127).to(torch.int8))
 
 
 @dataclass(frozen=True)
@@ -101,7 +146,8 @@ class QuantizedStates:
 
     Args:
         codes: int8 [B, H, T, D]; of 4 bits uint8 [B, H, T, D / 2].
-        scale: [B, H, T / tokens, 1, D / channels, 1].
+        scale: [B, H, T / tokens, 1, D / channels, 1]; a static one, which is the model's and not
+            kept here, [1, H or 1, 1, 1, D / channels, 1].
         zero_point: int8, likewise, or None.
     """
 
@@ -117,7 +163,7 @@ class QuantizedStates:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
     def numel(self) -> int:
@@ -140,29 +186,31 @@ class QuantizedStates:
 
     def append(self, newer: "QuantizedStates") -> "QuantizedStates":
         """With the tokens of ``newer`` behind."""
-        pairs = zip(self._tensors(), newer._tensors(), strict=True)
-        return self._with([torch.cat(pair, 2) for pair in pairs])
+        other = newer.tensors()
+        return self._with({n: torch.cat((t, other[n]), 2) for n, t in self.tensors().items()})
 
     def take(self, first: int, last: int) -> "QuantizedStates":
         """The tokens from ``first`` to before ``last``, both multiples of ``format.tokens``."""
         step = self.format.tokens
-        codes, *rest = self._tensors()
-        groups = [tensor[:, :, first // step : last // step].clone() for tensor in rest]
-        return self._with([codes[:, :, first:last].clone(), *groups])
+        taken = {
+            name: tensor[:, :, first // step : last // step].clone()
+            for name, tensor in self.tensors().items()
+        }
+        return self._with({**taken, "codes": self.codes[:, :, first:last].clone()})
 
     def select(self, rows: Tensor) -> "QuantizedStates":
         """The sequences of the batch with these indices (or a mask of them)."""
-        return self._with([tensor[rows.to(tensor.device)] for tensor in self._tensors()])
+        return self._with({n: t[rows.to(t.device)] for n, t in self.tensors().items()})
 
-    def _tensors(self) -> list[Tensor]:
-        zero_point = [] if self.zero_point is None else [self.zero_point]
-        return [self.codes, self.scale, *zero_point]
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept of the tokens, by name."""
+        if self.format.static is not None:
+            return {"codes": self.codes}
+        zero_point = {} if self.zero_point is None else {"zero_point": self.zero_point}
+        return {"codes": self.codes, "scale": self.scale, **zero_point}
 
-    def _with(self, tensors: list[Tensor]) -> "QuantizedStates":
-        codes, scale, *zero_point = tensors
-        return replace(
-            self, codes=codes, scale=scale, zero_point=zero_point[0] if zero_point else None
-        )
+    def _with(self, tensors: dict[str, Any]) -> "QuantizedStates":
+        return replace(self, **tensors)
 
 
 def _round_up(exact: Tensor, dtype: torch.dtype) -> Tensor:

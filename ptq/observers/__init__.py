@@ -1,8 +1,8 @@
 """Observers: what calibration remembers of a layer's input, in fixed memory."""
 
-from ptq.config import ActivationScheme, Plugin
+from ptq.config import Plugin
 from ptq.errors import ConfigError
-from ptq.observers.base import Observer
+from ptq.observers.base import Codes, Observer
 from ptq.observers.entropy import Entropy
 from ptq.observers.minmax import MinMax
 from ptq.observers.moving_average import MovingAverage
@@ -20,12 +20,10 @@ OBSERVERS: dict[str, type[Observer]] = {
 }
 """By the name in the configuration."""
 
-__all__ = ["OBSERVERS", "Moments", "Observer", "SecondMoment", "make_observer"]
+__all__ = ["OBSERVERS", "Codes", "Moments", "Observer", "SecondMoment", "make_observer"]
 
 
-def make_observer(
-    plugin: Plugin, scheme: ActivationScheme, channels: int | None = None
-) -> Observer:
+def make_observer(plugin: Plugin, scheme: Codes, channels: int | None = None) -> Observer:
     """An observer with its options checked.
 
     Args:

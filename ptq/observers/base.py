@@ -5,8 +5,18 @@ from typing import Any, ClassVar, Protocol
 from pydantic import BaseModel
 from torch import Tensor
 
-from ptq.config import ActivationScheme
 from ptq.errors import CalibrationError
+
+
+class Codes(Protocol):
+    """What a range is for: a ``format`` of :data:`ptq.formats.INTEGERS` with or without a zero
+    point, as ``ActivationScheme`` and ``KVCacheConfig`` have them."""
+
+    @property
+    def format(self) -> str: ...
+
+    @property
+    def symmetric(self) -> bool: ...
 
 
 class Observer(Protocol):
@@ -25,7 +35,7 @@ class Observer(Protocol):
     order_dependent: ClassVar[bool]
     Options: ClassVar[type[BaseModel]]
 
-    def __init__(self, channels: int | None, options: Any, scheme: ActivationScheme) -> None: ...
+    def __init__(self, channels: int | None, options: Any, scheme: Codes) -> None: ...
 
     def update(self, rows: Tensor) -> None:
         """Take in rows [R, C]: floating point, finite; R may be 0, which changes nothing."""

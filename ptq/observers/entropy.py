@@ -6,9 +6,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ptq.config import ActivationScheme
 from ptq.errors import ConfigError
 from ptq.formats import INTEGERS
+from ptq.observers.base import Codes
 from ptq.observers.histogram import Histogram
 
 _SMOOTHING = 1e-6  # share of the quantized distribution that is spread over all bins
@@ -40,9 +40,7 @@ class Entropy:
     order_dependent: ClassVar[bool] = False
     Options: ClassVar[type[BaseModel]] = EntropyOptions
 
-    def __init__(
-        self, channels: int | None, options: EntropyOptions, scheme: ActivationScheme
-    ) -> None:
+    def __init__(self, channels: int | None, options: EntropyOptions, scheme: Codes) -> None:
         if channels is not None:
             raise ConfigError(
                 "observer entropy: it has one range per tensor, and one per channel was asked; "

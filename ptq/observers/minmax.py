@@ -6,8 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ptq.config import ActivationScheme
-from ptq.observers.base import extremes, nothing_seen
+from ptq.observers.base import Codes, extremes, nothing_seen
 
 
 class MinMaxOptions(BaseModel):
@@ -22,7 +21,7 @@ class MinMax:
     order_dependent: ClassVar[bool] = False
     Options: ClassVar[type[BaseModel]] = MinMaxOptions
 
-    def __init__(self, channels: int | None, options: MinMaxOptions, _: ActivationScheme) -> None:
+    def __init__(self, channels: int | None, options: MinMaxOptions, _: Codes) -> None:
         self.channels = channels
         self.low: Tensor | None = None
         self.high: Tensor | None = None

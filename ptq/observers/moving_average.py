@@ -5,8 +5,7 @@ from typing import Annotated, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ptq.config import ActivationScheme
-from ptq.observers.base import extremes, nothing_seen
+from ptq.observers.base import Codes, extremes, nothing_seen
 
 
 class MovingAverageOptions(BaseModel):
@@ -27,9 +26,7 @@ class MovingAverage:
     order_dependent: ClassVar[bool] = True
     Options: ClassVar[type[BaseModel]] = MovingAverageOptions
 
-    def __init__(
-        self, channels: int | None, options: MovingAverageOptions, _: ActivationScheme
-    ) -> None:
+    def __init__(self, channels: int | None, options: MovingAverageOptions, _: Codes) -> None:
         self.channels = channels
         self.momentum = options.momentum
         self.low: Tensor | None = None

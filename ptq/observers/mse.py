@@ -6,9 +6,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ptq.config import ActivationScheme
 from ptq.core import choose_qparams
 from ptq.formats import INTEGERS
+from ptq.observers.base import Codes
 from ptq.observers.histogram import Histogram
 
 _NARROWEST = 16  # bins (of B); a narrower range would be a guess at what lies inside the bins
@@ -48,7 +48,7 @@ class MSE:
     order_dependent: ClassVar[bool] = False
     Options: ClassVar[type[BaseModel]] = MSEOptions
 
-    def __init__(self, channels: int | None, options: MSEOptions, scheme: ActivationScheme) -> None:
+    def __init__(self, channels: int | None, options: MSEOptions, scheme: Codes) -> None:
         self.grid, self.norm = options.grid, options.norm
         self.symmetric, self.format = scheme.symmetric, INTEGERS[scheme.format]
         self.histogram = Histogram(channels)

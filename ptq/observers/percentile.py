@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ptq.config import ActivationScheme
+from ptq.observers.base import Codes
 from ptq.observers.histogram import Histogram
 
 
@@ -30,9 +30,7 @@ class Percentile:
     order_dependent: ClassVar[bool] = False
     Options: ClassVar[type[BaseModel]] = PercentileOptions
 
-    def __init__(
-        self, channels: int | None, options: PercentileOptions, _: ActivationScheme
-    ) -> None:
+    def __init__(self, channels: int | None, options: PercentileOptions, _: Codes) -> None:
         # From the decimal text, so that 99.9 cuts one of 1000 values, not none or two.
         self.cut_share = 1 - Fraction(str(options.percentile)) / 100
         self.histogram = Histogram(channels)

@@ -125,7 +125,12 @@ class Facts:
 
     @property
     def calibrates(self) -> bool:
-        return self.static is not None or not self.recipe.plain
+        return self.static is not None or not self.recipe.plain or self.static_cache
+
+    @property
+    def static_cache(self) -> bool:
+        """Whether the key-value cache has scales from calibration, of the quantized model."""
+        return self.config.kv_cache is not None and self.config.kv_cache.static
 
     @property
     def calibration_lengths(self) -> tuple[int, ...]:
@@ -143,7 +148,7 @@ class Facts:
     def padded_batches(self) -> tuple[tuple[int, int], ...]:
         """Sequences and tokens of each batch that runs through the whole model."""
         section, lengths = self.config.calibration, self.calibration_lengths
-        size = 1 if section is None else section.batch_size
+        size = 1 if section is None or not self.recipe.plain else section.batch_size
         groups = [lengths[start : start + size] for start in range(0, len(lengths), size)]
         return tuple((len(group), max(group)) for group in groups)
 

@@ -46,6 +46,8 @@ def memory_stages(facts: Facts, process: int) -> list[Stage]:
         stages.append(Stage("evaluate float", {**before, **_float_logits(facts)}))
     stages.append(Stage("quantize", {**before, **_quantize(facts)}))
     after["kernels' forms of the weights"] = _forms(facts)
+    if facts.static_cache:
+        stages.append(Stage("calibrate the cache", {**after, **_cache_calibration(facts)}))
     again = 0 if facts.streamed else facts.quantized_bytes + _forms(facts)
     stages.append(Stage("read back", {**after, "the model read back": again}))
     if facts.config.evaluation is not None:
@@ -162,6 +164,17 @@ def _calibration(facts: Facts) -> Terms:
     return {
         "logits of a calibration batch": logits,
         "activations of a calibration batch": _activations(facts, batch, length),
+    }
+
+
+def _cache_calibration(facts: Facts) -> Terms:
+    """A batch runs through the quantized model, whose cache holds it in float; its logits are not
+    made."""
+    batch, length = max(facts.padded_batches, key=lambda b: b[0] * b[1])
+    states = 2 * facts.blocks * facts.kv_heads * facts.head_dim * facts.float_dtype.itemsize
+    return {
+        "activations of a calibration batch": _activations(facts, batch, length),
+        "its keys and values": batch * length * states,
     }
 
 

@@ -200,10 +200,13 @@ def _checking(dtype: torch.dtype) -> float:
 
 def _observing(facts: Facts) -> float:
     section = facts.config.calibration
-    if facts.static is None or section is None:
+    cache = facts.config.kv_cache if facts.static_cache else None
+    codes = facts.static or cache
+    if codes is None or section is None:
         return 0.0
-    observer = make_observer(section.observer, facts.static)
     rows = torch.randn(256, max(1, facts.hidden))
+    per_channel = facts.static is None and cache is not None and cache.keys == "channel"
+    observer = make_observer(section.observer, codes, rows.shape[1] if per_channel else None)
     return seconds(lambda: observer.update(rows)) / rows.numel()
 
 

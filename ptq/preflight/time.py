@@ -47,6 +47,7 @@ class _Work:
             "generate float": new * self._one(False),
             "calibrate": self._calibrate(),
             "quantize": self._quantize(),
+            "calibrate the cache": self._calibrate_cache(),
             "save": 4 * self.facts.quantized_bytes * self.rates.hashing,
             "verify": self._verify(),
             "read back": 2 * self.facts.quantized_bytes * self.rates.hashing,
@@ -115,6 +116,15 @@ class _Work:
         seen = sum(x.shape[1] * x.count for x in f.quantized_linears) * self.rates.observing
         tokens = sum(batch * length for batch, length in f.padded_batches)
         return _GIVEN_BACK * tokens * (self.float_token + self._head(False) + seen)
+
+    def _calibrate_cache(self) -> float:
+        """The quantized model runs, and its keys and values are counted."""
+        f = self.facts
+        if not f.static_cache:
+            return 0.0
+        seen = 2 * f.blocks * f.kv_heads * f.head_dim * self.rates.observing
+        tokens = sum(batch * length for batch, length in f.padded_batches)
+        return tokens * (self.quantized_token + seen)
 
     def _quantize(self) -> float:
         rounding = sum(

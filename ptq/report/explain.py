@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ptq.kernels import KERNELS, Kernel, RowRange, row_ranges
+from ptq.kv_cache import cache_settings
 from ptq.modules import quantized_layers
 
 
@@ -32,16 +33,22 @@ class LayerKernels:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The kernels of a model, for one device and dtype of activations."""
+    """The kernels of a model, for one device and dtype of activations.
+
+    Args:
+        kv_cache: how ``model.generate`` keeps keys and values, in words; None for float.
+    """
 
     device: str
     dtype: str
     layers: tuple[LayerKernels, ...]
+    kv_cache: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "device": self.device,
             "dtype": self.dtype,
+            "kv_cache": self.kv_cache,
             "layers": [
                 {
                     "names": list(group.names),
@@ -73,6 +80,8 @@ class Explanation:
             for rows in group.ranges:
                 lines.append(f"  {rows}")
                 lines += [f"      not {name}: {why}" for name, why in _telling(rows, self.device)]
+        if self.kv_cache is not None:
+            lines.append(f"Key-value cache of model.generate: {self.kv_cache}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -126,4 +135,6 @@ def explain(
         groups.append(
             LayerKernels(tuple(names), (spec.n, spec.k), scheme, tuple(ranges), extra * len(names))
         )
-    return Explanation(device, str(dtype).removeprefix("torch."), tuple(groups))
+    cache = cache_settings(model)
+    said = None if cache is None else str(cache)
+    return Explanation(device, str(dtype).removeprefix("torch."), tuple(groups), said)

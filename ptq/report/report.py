@@ -80,10 +80,12 @@ def _summary(s: dict[str, Any]) -> list[str]:
             lines.append(f"gate       passed: not {'; not '.join(s['gate']['fail_if'])}")
     if "kv_cache" in s:
         e, cache = s["kv_cache"], s["kv_cache"]["cache"]
+        settings = s.get("config", {}).get("kv_cache") or {}
+        static = ", static scales" if settings.get("mode") == "static" else ""
         lines.append(
             f"kv cache   perplexity {e['quantized_perplexity']:.3f}, ratio {e['ratio']:.4f} "
             f"through it; {cache['bytes_per_token']:,.0f} bytes a token at {cache['tokens']:,}, "
-            f"{cache['fraction']:.3f} of bfloat16's"
+            f"{cache['fraction']:.3f} of bfloat16's{static}"
         )
     lines += [f"note       {note}" for note in s.get("notes", [])]
     if "generation" in s:

@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig
 import ptq
 from ptq.compilation.step import _own
 from ptq.errors import ConfigError, UnsupportedError
+from ptq.kv_cache import FixedLayer, cache_settings
 from tests.helpers import tiny_bert, tiny_llama, tiny_tokens
 
 # torch's own, from the modules that the compiler imports.
@@ -69,6 +71,39 @@ def test_generation_is_compiled_once_and_gives_the_same_logits(tmp_path: Path) -
     ptq.save(model, tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert "cache_implementation" not in saved
+
+
+@pytest.mark.parametrize(
+    "cache", [{"bits": 8}, {"bits": 4, "window": 5, "mode": "static"}], ids=str
+)
+def test_tokens_are_those_of_the_eager_quantized_cache(cache: Any, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    eager = tiny_llama()
+    ptq.quantize(eager, "w8a16")
+    ptq.quantize_cache(eager, cache, calibration=[tiny_tokens(2, 40)])
+    model = copy.deepcopy(eager)
+    ptq.compile(model, max_length=40)
+    counted = torch._dynamo.utils.counters["stats"]
+    before = counted["unique_graphs"]
+    assert before > 0
+    for length in (1, 9):
+        prompt = tiny_tokens(1, length)
+        options = {
+            "attention_mask": torch.ones_like(prompt), "max_new_tokens": 20, "do_sample": False,
+            "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0,
+        }  # fmt: skip
+        expected, found = eager.generate(prompt, **options), model.generate(prompt, **options)
+        assert isinstance(found.past_key_values.layers[0], FixedLayer)
+        assert torch.equal(found.sequences, expected.sequences)
+        for a, b in zip(found.logits, expected.logits, strict=True):
+            assert (a - b).norm() <= 1e-3 * b.norm()
+        options["assistant_model"] = tiny_llama(seed=5)
+        assert torch.equal(model.generate(prompt, **options).sequences, expected.sequences)
+    assert counted["unique_graphs"] == before
+    with pytest.raises(UnsupportedError, match="choose the cache of a model that is not compiled"):
+        ptq.quantize_cache(model, None)
+    ptq.save(model, tmp_path / "out")
+    assert cache_settings(ptq.load(tmp_path / "out")) == cache_settings(eager)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from transformers.cache_utils import StaticCache
 import ptq
 from ptq.compilation.likeness import differences, leaves
 from ptq.compilation.regions import as_regions, find_regions
+from ptq.kv_cache import FixedLayer, cache_settings, held_scales, make_fixed
 from tests.helpers import tiny_llama, tiny_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*")
@@ -18,6 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch.*")
 def step(model: Any, length: int = 5) -> dict[str, Any]:
     """The options of a decoding step behind a prompt."""
     cache = StaticCache(config=model.config, max_cache_len=16)
+    settings = cache_settings(model)
+    if settings is not None:
+        make_fixed(cache, model.config, settings, held_scales(model))
     ids = tiny_tokens(1, length + 1)
     with torch.no_grad():
         model(input_ids=ids[:, :length], past_key_values=cache, use_cache=True)
@@ -25,14 +29,23 @@ def step(model: Any, length: int = 5) -> dict[str, Any]:
 
 
 def keys(options: dict[str, Any]) -> list[torch.Tensor]:
-    return [layer.keys.clone() for layer in options["past_key_values"].layers]
+    """Of each layer, or their codes."""
+    layers = options["past_key_values"].layers
+    return [
+        (layer.states[0].stored.codes if isinstance(layer, FixedLayer) else layer.keys).clone()
+        for layer in layers
+    ]
 
 
+@pytest.mark.parametrize(
+    "cache", [None, {"bits": 8}, {"bits": 4, "window": 2, "mode": "static"}], ids=str
+)
 @torch.no_grad()
-def test_a_block_is_traced_once_and_the_cache_is_written() -> None:
+def test_a_block_is_traced_once_and_the_cache_is_written(cache: Any) -> None:
     torch._dynamo.reset()
     model = tiny_llama()
     ptq.quantize(model, "w8a16")
+    ptq.quantize_cache(model, cache, calibration=[tiny_tokens()])
     options, again = step(model), step(model)
     before = keys(options)
     regions = find_regions(model, options)

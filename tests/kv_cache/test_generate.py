@@ -225,7 +225,3 @@ def test_generation_that_has_no_place_for_it() -> None:
     model.generate = print
     with pytest.raises(UnsupportedError, match="replaced already"):
         ptq.quantize_cache(model, "int8")
-    del model.generate
-    ptq.quantize_cache(model, "int8")
-    with pytest.raises(UnsupportedError, match=r"ptq.quantize_cache\(model, None\) first"):
-        ptq.compile(model)
