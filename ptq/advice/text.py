@@ -66,7 +66,10 @@ def _model(wishes: Wishes, choice: Choice) -> str:
         return f"model: {_scalar(wishes.model)}\n"
     note = ""
     if wishes.device == "cuda" and wishes.goal == "fastest":
-        note = _comment("Which scheme is the fastest was measured on a CPU only.")
+        note = _comment(
+            "Which scheme is the fastest was measured on a CPU. A GPU waits for Python in eager "
+            "mode, and no scheme is faster than float there: decode with ptq.compile(model)."
+        )
     return f"{note}model:\n  id: {_scalar(wishes.model)}\n{more}"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
 from ptq.compilation.likeness import differences, leaves
+from ptq.compilation.situation import taken_apart
 from ptq.kv_cache import FixedLayer
 from ptq.model import eval_mode
 
@@ -89,7 +90,7 @@ def as_regions(regions: dict[nn.Module, Region]) -> Iterator[None]:
 def _forward(block: nn.Module, region: Region) -> Any:
     def forward(hidden: Tensor, *, past_key_values: Any = None, **options: Any) -> Any:
         layer = past_key_values.layers[region.position]
-        return _region(region.group, region.count, block, hidden, *_taken_apart(layer), options)
+        return _region(region.group, region.count, block, hidden, *taken_apart(layer), options)
 
     return forward
 
@@ -106,13 +107,6 @@ def _run(
     """The block's own forward pass, with a cache whose every layer is the one of these parts."""
     cache = Cache(layers=[_put_together(spec, parts)] * count)
     return type(block).forward(block, hidden, past_key_values=cache, **options)
-
-
-def _taken_apart(layer: Any) -> tuple[Any, list[Tensor]]:
-    """A layer of the cache as constants and tensors, which are all that a region may be given."""
-    if isinstance(layer, FixedLayer):
-        return layer.spec, layer.parts()
-    return None, [layer.keys, layer.values, layer.cumulative_length]
 
 
 def _put_together(spec: Any, parts: list[Tensor]) -> Any:
@@ -165,7 +159,7 @@ def _alike(
     places = differences(leaves(first), leaves(block), (of_first, position))
     if places is None:
         return False
-    parts = _taken_apart(copy.deepcopy(cache.layers[position]))
+    parts = taken_apart(copy.deepcopy(cache.layers[position]))
     for owner, name in places:
         vars(owner)[name] = of_first
     try:

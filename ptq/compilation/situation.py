@@ -7,13 +7,25 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
+from ptq.kv_cache import FixedLayer
+
 _PLAIN = (bool, int, float, str, type(None))
 
 
 def is_plain(cache: Any) -> bool:
     """Whether all that a cache holds is tensors of fixed size: of a step's work nothing is left in
     numbers of Python, which code without guards would have as constants."""
-    return type(cache) is StaticCache and all(type(layer) is StaticLayer for layer in cache.layers)
+    return type(cache) is StaticCache and all(
+        type(layer) is StaticLayer or (type(layer) is FixedLayer and layer.is_initialized)
+        for layer in cache.layers
+    )
+
+
+def taken_apart(layer: Any) -> tuple[Any, list[Tensor]]:
+    """A layer of a plain cache as constants and tensors."""
+    if isinstance(layer, FixedLayer):
+        return layer.spec, layer.parts()
+    return None, [layer.keys, layer.values, layer.cumulative_length]
 
 
 def brief(options: dict[str, Any]) -> Hashable:
@@ -29,10 +41,8 @@ def situation(options: dict[str, Any]) -> Hashable:
     others = {name: value for name, value in options.items() if value is not cache}
     if not is_plain(cache):
         return brief(others), _global_state()
-    states = tuple(
-        tuple(map(_fact, (layer.keys, layer.values, layer.cumulative_length)))
-        for layer in cache.layers
-    )
+    layers = (taken_apart(layer) for layer in cache.layers)
+    states = tuple((spec, *map(_fact, parts)) for spec, parts in layers)
     return brief(others), states, _global_state()
 
 

@@ -93,6 +93,7 @@ def test_tokens_are_those_of_the_eager_quantized_cache(cache: Any, tmp_path: Pat
             "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0,
         }  # fmt: skip
         expected, found = eager.generate(prompt, **options), model.generate(prompt, **options)
+        assert model.generate.step._latest is not None, "steps after the first have no guards"
         assert isinstance(found.past_key_values.layers[0], FixedLayer)
         assert torch.equal(found.sequences, expected.sequences)
         for a, b in zip(found.logits, expected.logits, strict=True):
