@@ -1,10 +1,12 @@
 """torch.compile for whole models: decoding in one graph, over a cache of fixed size."""
 
 import copy
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel, StaticCache
 
 from ptq.compilation.step import CompiledStep, bind
@@ -48,8 +50,9 @@ def compile_model(
         The model.
 
     Raises:
-        UnsupportedError: there is no C++ compiler for a model on the CPU, or the model has no
-            key-value cache of fixed size, or a quantized one with a sliding window.
+        UnsupportedError: there is no C++ compiler for a model on the CPU, or the model is an
+            encoder-decoder, or has no key-value cache of fixed size, or a quantized one with a
+            sliding window, or a step of it is not one graph.
         ConfigError: ``max_length`` or ``batch_size`` is out of range.
     """
     _require_compiler(model)
@@ -75,18 +78,27 @@ class CompiledGenerate:
         self.model = model
         self.kv_cache = kv_cache
         self.step = CompiledStep(model, batch_size)
+        self._lock = RLock()  # generations of several threads take turns
         self.settings = CompileConfig()
         # Else transformers compiles on accelerators only.
         self.settings._compile_all_devices = True  # type: ignore[assignment]
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        self.step.begin()
-        self.model.get_compiled_call = self._step
-        self.model._prepare_static_cache = self._fixed_cache
-        try:
-            return self._generate(*arguments, **options)
-        finally:
-            del self.model.get_compiled_call, self.model._prepare_static_cache
+        with self._lock:
+            self.step.begin()
+            self.model.get_compiled_call = self._step
+            self.model._prepare_static_cache = self._fixed_cache
+            try:
+                return self._generate(*arguments, **options)
+            finally:
+                del self.model.get_compiled_call, self.model._prepare_static_cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = RLock()
 
     def _step(self, settings: object) -> CompiledStep:
         return self.step
@@ -123,9 +135,10 @@ def _compile_generation(model: Any, max_length: int | None, batch_size: int) -> 
         raise ConfigError(f"max_length {max_length}: choose {_WARM_TOKENS + 1} to {limit}")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size {batch_size}: at least 1")
-    if not model._can_compile_fullgraph:
+    if model.config.is_encoder_decoder or not model._can_compile_fullgraph:
         raise UnsupportedError(
-            f"{type(model).__name__} does not support a cache of fixed size in transformers; "
+            f"{type(model).__name__} is an encoder-decoder, or has no cache of fixed size in "
+            "transformers; "
             "call torch.compile yourself"
         )
     settings = cache_settings(model)
@@ -135,20 +148,20 @@ def _compile_generation(model: Any, max_length: int | None, batch_size: int) -> 
     model.generate = CompiledGenerate(model, batch_size, settings)
     try:
         _warm_up(model, max_length, batch_size)
-    except BaseException:
+    except BaseException as error:
         del model.generate
         if settings is not None:
             model.generate = before
+        if isinstance(error, Unsupported):
+            raise UnsupportedError(
+                f"a step of {type(model).__name__} cannot be compiled as one graph (does a "
+                f"hook make a number of a tensor?): {error}"
+            ) from error
         raise
 
 
 def _check_cache(model: Any, settings: KVCacheConfig) -> None:
     """Whether there is such a quantized cache of fixed size."""
-    if model.config.is_encoder_decoder:
-        raise UnsupportedError(
-            f"{type(model).__name__} is an encoder-decoder, whose quantized cache is not for "
-            "compiled decoding: call ptq.quantize_cache(model, None) first"
-        )
     make_fixed(StaticCache(model.config, 1), model.config, settings, held_scales(model))
 
 

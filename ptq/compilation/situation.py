@@ -16,9 +16,24 @@ def is_plain(cache: Any) -> bool:
     """Whether all that a cache holds is tensors of fixed size: of a step's work nothing is left in
     numbers of Python, which code without guards would have as constants."""
     return type(cache) is StaticCache and all(
-        type(layer) is StaticLayer or (type(layer) is FixedLayer and layer.is_initialized)
+        isinstance(layer, StaticLayer)
+        and type(layer) in (StaticLayer, FixedLayer)
+        and layer.is_initialized
         for layer in cache.layers
     )
+
+
+def is_known(options: dict[str, Any]) -> bool:
+    """Whether all options are of kinds whose equality can be told, but for the cache."""
+    return all(map(_known, options.values()))
+
+
+def _known(value: Any) -> bool:
+    if isinstance(value, dict):
+        return is_known(value)
+    if isinstance(value, list | tuple):
+        return all(map(_known, value))
+    return isinstance(value, (Tensor, StaticCache, *_PLAIN))
 
 
 def taken_apart(layer: Any) -> tuple[Any, list[Tensor]]:
@@ -30,7 +45,7 @@ def taken_apart(layer: Any) -> tuple[Any, list[Tensor]]:
 
 def brief(options: dict[str, Any]) -> Hashable:
     """What differs between steps of one generation, if anything does: shapes and dtypes of tensors,
-    plain values, which cache it is. What is none of these equals nothing."""
+    plain values, which cache it is; of other values (see :func:`is_known`) the type alone."""
     return tuple((name, _fact(value)) for name, value in options.items())
 
 
@@ -56,7 +71,9 @@ def _fact(value: Any) -> Hashable:
         return brief(value)
     if isinstance(value, StaticCache):
         return id(value)
-    return object()
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(_fact, value))
+    return str(type(value))
 
 
 def _global_state() -> Hashable:
@@ -70,5 +87,9 @@ def _global_state() -> Hashable:
         torch.get_default_dtype(),
         torch.get_default_device(),
         torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
         torch.get_num_threads(),
     )

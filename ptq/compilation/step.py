@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from ptq.compilation.common_subexpressions import CommonSubexpressions
 from ptq.compilation.regions import Region, as_regions, find_regions
-from ptq.compilation.situation import brief, is_plain, situation
+from ptq.compilation.situation import brief, is_known, is_plain, situation
 from ptq.compilation.snapshot import Snapshot
 from ptq.kernels import row_ranges, select
 from ptq.model import eval_mode
@@ -25,10 +25,12 @@ class CompiledStep:
     sizes, which take 2 ms a token for 30 blocks. Instead the first step of a generation looks at
     all that they would: the model (:class:`Snapshot`) and what the step is given
     (:func:`situation`). A module that is exchanged, or a weight that is moved, converted or
-    resized, makes all code anew; an input or a cache of another size or dtype, or another state of
-    torch, has code of its own. The steps after it look at what they are given alone: what a
-    generation's own callbacks change of the model is noticed when the next one begins. A setting of
-    a module (an attribute that is no tensor and no module) is not noticed but for ``training``.
+    resized, or a hook that is added, makes all code anew; an input or a cache of another size or
+    dtype, or another state of torch, has code of its own. The steps after it look at what they are
+    given alone: what a generation's own callbacks change of the model is noticed when the next one
+    begins. A setting of a module (an attribute that is no tensor and no module) is not noticed but
+    for ``training``.
+    Where modules have hooks, torch's guards on what these read remain.
 
     Args:
         rows: sequences that are decoded together, for which the kernels' forms are made before.
@@ -61,9 +63,18 @@ class CompiledStep:
         )
         with plain, as_regions(self._regions_of(options)):
             output = code(**options)
-        if is_plain(options.get("past_key_values")):
+        if self._unguarded(options):
             self._latest = given, code
         return self._own_output(output)
+
+    def _unguarded(self, options: dict[str, Any]) -> bool:
+        """Whether a situation is all that the code depends on. A hook may read anything."""
+        plain = is_plain(options.get("past_key_values")) and is_known(options)
+        return plain and not self._hooked
+
+    @property
+    def _hooked(self) -> bool:
+        return self._snapshot is not None and self._snapshot.hooked
 
     def _own_output(self, output: Any) -> Any:
         return _own_memory(output) if self.model.device.type == "cuda" else output
@@ -72,7 +83,9 @@ class CompiledStep:
         """None for other numbers of rows: their layers read parts of one tensor that were joined,
         which torch does not allow in a region."""
         counts = [value.shape[0] for value in options.values() if isinstance(value, Tensor)]
-        return self._regions if counts and counts[0] == self.rows else {}
+        cache = options.get("past_key_values")
+        begun = cache is not None and all(layer.is_initialized for layer in cache.layers)
+        return self._regions if begun and counts and counts[0] == self.rows else {}
 
     def _stale(self) -> bool:
         """Nothing is compiled, or for weights, or forms of them, that the model has no more."""
@@ -95,19 +108,22 @@ class CompiledStep:
         """What is compiled, or will be when it is called, for such a step."""
         key = situation(options)
         if key not in self._codes:
-            unguarded = is_plain(options.get("past_key_values"))
             settings: dict[str, Any] = {
-                "guard_filter_fn": torch.compiler.skip_all_guards_unsafe
-                if unguarded
-                else torch.compiler.skip_guard_on_all_nn_modules_unsafe,
                 "post_grad_custom_pre_pass": CommonSubexpressions(),
                 "size_asserts": False,
             }
+            if self._unguarded(options):
+                settings["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
+            elif not self._hooked:
+                settings["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
             if self.model.device.type == "cuda":  # else launching takes longer than computing
                 settings["triton.cudagraphs"] = True
             # Static: a step has one length, that of the cache. Once another compiled model has made
             # torch see a mask's length as dynamic, a region is not reused (KeyError in torch 2.13).
-            self._codes[key] = torch.compile(_own(self.model), dynamic=False, options=settings)
+            # One graph: what follows a break would run what was compiled for another layer.
+            self._codes[key] = torch.compile(
+                _own(self.model), dynamic=False, fullgraph=True, options=settings
+            )
         return self._codes[key]
 
     def __getstate__(self) -> dict[str, Any]:

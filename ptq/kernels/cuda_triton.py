@@ -110,6 +110,9 @@ class TritonFloat:
     rows: int = 128
 
     def supports(self, spec: LinearSpec) -> str | None:
+        reason = codes_reason(spec)
+        if reason is not None:
+            return reason
         group = spec.granularity.group_size or 0
         if group & (group - 1) or group > 256 or 0 < group < 8:
             return f"groups of {group}: a power of two from 8 to 256"
@@ -117,7 +120,7 @@ class TritonFloat:
             return "float16 may not hold a small weight of a group"
         if spec.dtype not in (torch.bfloat16, torch.float16):
             return "for bfloat16 and float16 activations"
-        return codes_reason(spec)
+        return None
 
     def declines(self, spec: LinearSpec) -> str | None:
         return few_rows(spec, self.rows)

@@ -102,7 +102,9 @@ def multiply_blocks(
         part = slice(start, min(start + step, rows))
         size = part.stop - part.start
         fill(part, block[:size])
-        if scale is None:
+        if scale is None and torch.compiler.is_compiling():  # which takes whole tensors as ``out``
+            y[:, part] = torch.mm(x, block[:size].t())
+        elif scale is None:
             torch.mm(x, block[:size].t(), out=y[:, part])
         else:
             product = torch.mm(x, block[:size].t()).to(widened(x.dtype))
@@ -118,7 +120,8 @@ def _block_size(weight: QuantizedWeight, device: str) -> int:
 
 def in_one_pass(weight: QuantizedWeight) -> bool:
     """Whether one of Triton's programs makes the weight float on a GPU."""
-    return weight.format.name in ("int4", "int8") and triton_reason() is None
+    odd = weight.format.name == "int4" and weight.shape[1] % 2
+    return weight.format.name in ("int4", "int8") and not odd and triton_reason() is None
 
 
 def _one_pass(weight: QuantizedWeight) -> Callable[[slice, Tensor], None]:

@@ -61,7 +61,8 @@ def quantized_layers(config: PretrainedConfig) -> list[int]:
 
 def hold_scales(model: nn.Module, layers: Mapping[int, LayerScales]) -> None:
     """Make them part of the model, in the place of others."""
-    model.add_module(SCALES, nn.ModuleDict({str(index): each for index, each in layers.items()}))
+    held = nn.ModuleDict({str(index): each for index, each in layers.items()})
+    model.add_module(SCALES, held.train(model.training))
 
 
 def held_scales(model: nn.Module) -> dict[int, LayerScales] | None:

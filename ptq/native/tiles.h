@@ -96,10 +96,6 @@ struct Output {
     return row_scale ? _mm512_mul_ps(value, _mm512_set1_ps(row_scale[row])) : value;
   }
 
-  void store_one(int64_t row, int64_t column, float value) const {
-    store(row, column, 1, scaled(_mm512_set1_ps(value), row, columns(column, 1)));
-  }
-
   __m512 columns(int64_t column, __mmask16 mask) const {
     return column_scale ? _mm512_maskz_loadu_ps(mask, column_scale + column) : _mm512_setzero_ps();
   }

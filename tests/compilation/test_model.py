@@ -107,6 +107,48 @@ def test_tokens_are_those_of_the_eager_quantized_cache(cache: Any, tmp_path: Pat
     assert cache_settings(ptq.load(tmp_path / "out")) == cache_settings(eager)
 
 
+def test_a_hook_is_noticed_and_may_read_anything() -> None:
+    torch._dynamo.reset()
+    model = tiny_llama()
+    ptq.compile(model, max_length=16)
+    strength = [0.0]
+    prompt = tiny_tokens(1, 4)
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "do_sample": False}
+    for added in (False, True, True):
+        if added and not strength[0]:
+            for each in (model, other := tiny_llama()):
+                each.model.layers[1].mlp.register_forward_hook(
+                    lambda _module, _input, output: output + strength[0]
+                )
+        elif not added:
+            other = tiny_llama()
+        strength[0] += 3.0
+        found = model.generate(prompt, **options, pad_token_id=0)
+        assert torch.equal(found, other.generate(prompt, **options, pad_token_id=0))
+
+
+def test_a_step_that_is_no_single_graph_is_an_error() -> None:
+    torch._dynamo.reset()
+    model = tiny_llama()
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    with pytest.raises(UnsupportedError, match="cannot be compiled as one graph"):
+        ptq.compile(model, max_length=16)
+    assert "generate" not in vars(model)
+
+
+def test_weights_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("ptq.kernels.dequantize._CPU_BLOCK", 64 * 24)
+    layer = nn.Linear(64, 56)
+    model = nn.Sequential(layer)
+    ptq.quantize(model, {"scheme": {"weights": {"format": "int6", "group_size": 16}}})
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), expected)
+
+
 @torch.no_grad()
 def test_lengths_that_another_model_made_dynamic() -> None:
     """What torch has learned of the same code from other models is not used."""

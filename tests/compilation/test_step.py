@@ -52,7 +52,7 @@ def test_composite_and_plain_models_keep_their_attention(
 
 def test_a_generation_looks_at_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
-    cache = StaticCache(config=model.config, max_cache_len=8)
+    cache = begun(model.config)
     compiled = without_compiler(model, lambda **_: "output", monkeypatch)
     looked: list[None] = []
     monkeypatch.setattr(compiled, "_stale", lambda: bool(looked.append(None)))
@@ -65,7 +65,7 @@ def test_a_generation_looks_at_the_model_once(monkeypatch: pytest.MonkeyPatch) -
     assert len(looked) == 1
     step(2, cache)  # something else is given
     assert len(looked) == 2
-    step(2, StaticCache(config=model.config, max_cache_len=8))
+    step(2, begun(model.config))
     assert len(looked) == 3
     compiled.begin()
     step(2, cache)
@@ -73,6 +73,26 @@ def test_a_generation_looks_at_the_model_once(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(2):  # its layers may hold numbers of Python
         step(2, DynamicCache(config=model.config))
     assert len(looked) == 6
+
+
+def begun(config: Any) -> StaticCache:
+    cache = StaticCache(config=config, max_cache_len=8)
+    cache.early_initialization(1, 2, 8, torch.float32, "cpu")
+    return cache
+
+
+@pytest.mark.parametrize(
+    "value", [object(), [object()], {"a": (1, object())}], ids=["bare", "list", "dict"]
+)
+def test_what_cannot_be_compared_keeps_torchs_guards(
+    value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    compiled = without_compiler(model, lambda **_: "output", monkeypatch)
+    step = {"input_ids": tiny_tokens(1, 1), "past_key_values": begun(model.config)}
+    assert compiled._unguarded({**step, "more": [1, (2.0, "a")]})
+    assert not compiled._unguarded({**step, "more": value})
+    assert situation({**step, "more": value}) == situation({**step, "more": value})
 
 
 def test_what_has_code_of_its_own() -> None:

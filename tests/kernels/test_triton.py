@@ -12,8 +12,9 @@ import torch
 from ptq.algorithms import round_to_nearest
 from ptq.kernels import LinearSpec, TritonFloat, TritonInt8, quantize_activation, select
 from ptq.kernels.activations import symmetric_codes
-from ptq.kernels.dequantize import _one_pass
+from ptq.kernels.dequantize import DequantizeBlocks, _one_pass, in_one_pass
 from ptq.kernels.triton_launch import quantize_rows
+from ptq.kernels.triton_ready import _reason
 from tests.kernels.test_conformance import (
     ACTIVATIONS,
     WEIGHTS,
@@ -27,13 +28,14 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("scripts/check_cuda.py does this on a GPU", allow_module_level=True)
 
-SHAPES = ((33, 256), (5, 40), (20, 1088))
+SHAPES = ((5, 40), (20, 1088))
 ROWS = (1, 17)
 
 
 @pytest.fixture(autouse=True)
 def _triton_is_ready(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("ptq.kernels.cuda_triton.triton_reason", lambda: None)
+    monkeypatch.setattr("ptq.kernels.dequantize.triton_reason", lambda: None)
     yield
 
 
@@ -80,6 +82,7 @@ def test_dequantizes_the_rows_asked_for(weights: dict, dtype: torch.dtype) -> No
     if scheme.weights.format not in ("int8", "int4"):
         return
     weight = make_weight(21, 600 if scheme.weights.group_size is None else 640, scheme)
+    assert in_one_pass(weight)
     block = torch.empty(7, weight.shape[1], dtype=dtype)
     _one_pass(weight)(slice(11, 18), block)
     assert torch.equal(block, weight.dequantize()[11:18].to(dtype))
@@ -137,6 +140,29 @@ def test_compiled_graphs_call_the_same_as_ops(m: int, activations: dict | None) 
 
     compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x.values), product(x.values))
+
+
+def test_rows_of_an_odd_number_of_nibbles_are_for_torchs_ops() -> None:
+    scheme = make_scheme({"format": "int4"}, None)
+    weight = make_weight(8, 33, scheme)
+    assert not in_one_pass(weight)
+    spec = LinearSpec.of(weight, None, "cuda", torch.bfloat16, 1)
+    assert isinstance(select(spec), DequantizeBlocks)
+
+
+def test_a_launch_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    found = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr("torch.cuda.get_device_capability", found.__getitem__)
+    assert _reason.__wrapped__() == "compute capability 7.5: Triton's programs need 8.0"
+    found[1] = (8, 0)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr("torch.ones", fail)
+    assert _reason.__wrapped__() == "Triton cannot launch: Failed to find C compiler"
 
 
 def test_without_a_gpu_they_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

