@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ptq.compilation.situation import situation
-from ptq.compilation.step import CompiledStep, additive
+from ptq.compilation.step import CompiledStep, _own_memory, additive
 from tests.helpers import tiny_llama, tiny_tokens
 
 
@@ -73,6 +74,17 @@ def test_a_generation_looks_at_the_model_once(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(2):  # its layers may hold numbers of Python
         step(2, DynamicCache(config=model.config))
     assert len(looked) == 6
+
+
+def test_what_a_graph_returned_is_copied_but_for_the_cache() -> None:
+    cache = StaticCache(config=tiny_llama().config, max_cache_len=8)
+    logits, states = torch.randn(1, 3), (torch.randn(2), torch.randn(2))
+    given = CausalLMOutputWithPast(logits=logits, hidden_states=states, past_key_values=cache)
+    found = _own_memory(given)
+    assert found.past_key_values is cache
+    for a, b in ((found.logits, logits), *zip(found.hidden_states, states, strict=True)):
+        assert torch.equal(a, b)
+        assert a.data_ptr() != b.data_ptr()
 
 
 def begun(config: Any) -> StaticCache:
