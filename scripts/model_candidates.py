@@ -1,5 +1,6 @@
 """What bench_model.py times: float models and quantized ones, each loaded from its own files."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,16 +77,20 @@ class Request:
 
 def random_in_memory(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A float model of random weights that no file has."""
-    sizes = [word for key, size in RANDOM[name].items() for word in (f"--{key}", str(size))]
-    config = model_config(parse_arguments(["--out", "", *sizes]))
+    config = model_config(_random_request(name))
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def random_model(name: str, dtype: str, directory: Path) -> None:
     """Write a float model of random weights, one block at a time."""
+    write(_random_request(name, "--out", str(directory), "--dtype", dtype))
+
+
+def _random_request(name: str, *words: str) -> argparse.Namespace:
+    """What make_random_checkpoint.py is asked for, of these sizes."""
     sizes = [word for key, size in RANDOM[name].items() for word in (f"--{key}", str(size))]
-    write(parse_arguments(["--out", str(directory), "--dtype", dtype, *sizes]))
+    return parse_arguments([*(words or ("--out", "")), *sizes])
 
 
 def float_candidate(directory: Path, dtype: str, longest: int, device: torch.device) -> Candidate:

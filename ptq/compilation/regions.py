@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
 from ptq.compilation.likeness import differences, leaves
-from ptq.compilation.situation import taken_apart
+from ptq.compilation.situation import TENSORS_ALONE, taken_apart
 from ptq.kv_cache import FixedLayer
 from ptq.model import eval_mode
 
@@ -63,7 +63,7 @@ def find_regions(model: Any, options: dict[str, Any]) -> dict[nn.Module, Region]
     firsts: list[tuple[nn.Module, int]] = []
     found: dict[nn.Module, Region] = {}
     for block, position in _positions(model):
-        if block not in calls or type(cache.layers[position]) not in (StaticLayer, FixedLayer):
+        if block not in calls or type(cache.layers[position]) not in TENSORS_ALONE:
             continue
         for group, (first, of_first) in enumerate(firsts):
             if _alike(first, of_first, block, position, calls[block], cache):

@@ -9,6 +9,8 @@ from transformers.cache_utils import StaticCache, StaticLayer
 
 from ptq.kv_cache import FixedLayer
 
+TENSORS_ALONE = (StaticLayer, FixedLayer)
+"""Layers of a cache that hold tensors of fixed size and nothing else that a step changes."""
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -16,9 +18,7 @@ def is_plain(cache: Any) -> bool:
     """Whether all that a cache holds is tensors of fixed size: of a step's work nothing is left in
     numbers of Python, which code without guards would have as constants."""
     return type(cache) is StaticCache and all(
-        isinstance(layer, StaticLayer)
-        and type(layer) in (StaticLayer, FixedLayer)
-        and layer.is_initialized
+        isinstance(layer, StaticLayer) and type(layer) in TENSORS_ALONE and layer.is_initialized
         for layer in cache.layers
     )
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ptq.core import QuantizedWeight
+from ptq.formats import Format
 from ptq.kernels.activations import Activation
 from ptq.kernels.integer import integer_reason, integer_tolerance
 from ptq.kernels.spec import LinearSpec, few_rows
@@ -25,14 +26,14 @@ class TritonWeight:
     Args:
         scale: [N, groups].
         zero_point: int8, shaped like scale, or None.
-        row_sum: int32 [N], of the codes; empty for float activations.
+        row_sum: int32 [N], of the codes; None for float activations.
         group: the group size; 0 for one scale a row.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
-    row_sum: Tensor
+    row_sum: Tensor | None
     group: int
     packed: bool
 
@@ -40,27 +41,29 @@ class TritonWeight:
     def of(cls, weight: QuantizedWeight, sums: bool) -> "TritonWeight":
         rows = weight.shape[0]
         zero_point = weight.zero_point
-        codes = weight.codes if sums else weight.packed[:0]
         return cls(
             weight.packed,
             weight.scale.expand(rows, -1).contiguous(),
             None if zero_point is None else zero_point.expand(rows, -1).contiguous(),
-            codes.sum(dim=1, dtype=torch.int32),
+            weight.codes.sum(dim=1, dtype=torch.int32) if sums else None,
             weight.granularity.group_size or 0,
             weight.format.bits == 4,
         )
 
 
-def codes_reason(spec: LinearSpec) -> str | None:
-    """Why the programs cannot read the codes."""
-    if spec.device != "cuda":
-        return "for CUDA devices"
-    if spec.format.name not in ("int4", "int8"):
-        return f"for int8 and int4 codes, not {spec.format.name}"
-    if spec.format.bits == 4 and spec.k % 2:
-        return f"K={spec.k} must be even for packed codes"
+def unreadable(fmt: Format, columns: int) -> str | None:
+    """Why the programs cannot read rows of so many codes on a GPU."""
+    if fmt.name not in ("int4", "int8"):
+        return f"for int8 and int4 codes, not {fmt.name}"
+    if fmt.bits == 4 and columns % 2:
+        return f"K={columns} must be even for packed codes"
     reason: str | None = triton_reason()
     return reason
+
+
+def codes_reason(spec: LinearSpec) -> str | None:
+    """Why the programs do not serve a layer's device or codes."""
+    return "for CUDA devices" if spec.device != "cuda" else unreadable(spec.format, spec.k)
 
 
 def kept_bytes(spec: LinearSpec) -> int:
@@ -86,7 +89,7 @@ class TritonInt8:
 
     def linear(self, x: Activation, prepared: TritonWeight, dtype: torch.dtype) -> Tensor:
         w = prepared
-        assert x.scale is not None
+        assert x.scale is not None and w.row_sum is not None
         call = integer_linear_op if torch.compiler.is_compiling() else integer_linear
         y: Tensor = call(
             x.values.contiguous(), x.scale, x.zero_point, w.codes, w.scale, w.zero_point,

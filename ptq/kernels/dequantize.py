@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ptq.core import QuantizedWeight, unpack
 from ptq.kernels.activations import Activation, scaled, widened
+from ptq.kernels.cuda_triton import TritonWeight, unreadable
 from ptq.kernels.nibbles import has_op, is_nibbles, nibble_rows, nibbles_in_float
 from ptq.kernels.spec import LinearSpec
 from ptq.kernels.triton_launch import dequantize_into, dequantize_into_op
-from ptq.kernels.triton_ready import triton_reason
 
 _CPU_BLOCK = 1 << 20  # weights at a time: in the last-level cache
 _CPU_BYTES_BLOCK = 1 << 21  # of codes that are converted in one pass
@@ -67,7 +67,7 @@ class DequantizeBlocks:
         device = x.values.device.type
         values, row_scale = x.as_float(compute_dtype(device, dtype, weight.format.bits))
         step = max(1, _block_size(weight, device) // weight.shape[1])
-        if device == "cuda" and in_one_pass(weight):
+        if device == "cuda" and unreadable(weight.format, weight.shape[1]) is None:
             y = multiply_blocks(values, weight.shape[0], step, _one_pass(weight), None)
             return scaled(y, row_scale, dtype)
         scale = None
@@ -118,24 +118,14 @@ def _block_size(weight: QuantizedWeight, device: str) -> int:
     return _CPU_BYTES_BLOCK if weight.format.bits == 8 else _CPU_BLOCK
 
 
-def in_one_pass(weight: QuantizedWeight) -> bool:
-    """Whether one of Triton's programs makes the weight float on a GPU."""
-    odd = weight.format.name == "int4" and weight.shape[1] % 2
-    return weight.format.name in ("int4", "int8") and not odd and triton_reason() is None
-
-
 def _one_pass(weight: QuantizedWeight) -> Callable[[slice, Tensor], None]:
     """What makes a block of the weight on a GPU, scaled."""
-    rows, zero_point = weight.shape[0], weight.zero_point
-    scale = weight.scale.expand(rows, -1).contiguous()
-    if zero_point is not None:
-        zero_point = zero_point.expand(rows, -1).contiguous()
+    w = TritonWeight.of(weight, sums=False)
 
     def fill(part: slice, block: Tensor) -> None:
         call = dequantize_into_op if torch.compiler.is_compiling() else dequantize_into
-        points = None if zero_point is None else zero_point[part]
-        group, packed = weight.granularity.group_size or 0, weight.format.bits == 4
-        call(block, weight.packed[part], scale[part], points, group, packed)
+        zero_point = None if w.zero_point is None else w.zero_point[part]
+        call(block, w.codes[part], w.scale[part], zero_point, w.group, w.packed)
 
     return fill
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from ptq.config import KVCacheConfig, torch_dtype
 from ptq.errors import CheckpointError
 from ptq.kv_cache.states import QParams
+from ptq.modules.buffers import kept_scales
 
 SCALES = "kv_cache_scales"
 """The name of a model's module that has them: of layer 3 the keys' are
@@ -44,12 +45,8 @@ class LayerScales(nn.Module):
         return keys, values
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LayerScales":
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+        with kept_scales(self, self._buffers):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 

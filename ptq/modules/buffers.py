@@ -1,6 +1,6 @@
 """A QuantizedWeight as the buffers of a module: how it is registered, read back and moved."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,9 +81,11 @@ def empty_weight(rows: int, columns: int, scheme: Scheme) -> QuantizedWeight:
 
 
 @contextmanager
-def kept_scales(module: nn.Module) -> Iterator[None]:
-    """Within it, ``.to()`` and the like may move the scales but not change their dtype."""
-    before = {name: module._buffers[name] for name in ("scale", "input_scale")}
+def kept_scales(
+    module: nn.Module, names: Iterable[str] = ("scale", "input_scale")
+) -> Iterator[None]:
+    """Within it, ``.to()`` and the like may move these buffers but not change their dtype."""
+    before = {name: module._buffers[name] for name in names}
     yield
     for name, old in before.items():
         new = module._buffers[name]

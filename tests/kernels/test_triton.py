@@ -12,7 +12,8 @@ import torch
 from ptq.algorithms import round_to_nearest
 from ptq.kernels import LinearSpec, TritonFloat, TritonInt8, quantize_activation, select
 from ptq.kernels.activations import symmetric_codes
-from ptq.kernels.dequantize import DequantizeBlocks, _one_pass, in_one_pass
+from ptq.kernels.cuda_triton import unreadable
+from ptq.kernels.dequantize import DequantizeBlocks, _one_pass
 from ptq.kernels.triton_launch import quantize_rows
 from ptq.kernels.triton_ready import _reason
 from tests.kernels.test_conformance import (
@@ -35,7 +36,6 @@ ROWS = (1, 17)
 @pytest.fixture(autouse=True)
 def _triton_is_ready(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("ptq.kernels.cuda_triton.triton_reason", lambda: None)
-    monkeypatch.setattr("ptq.kernels.dequantize.triton_reason", lambda: None)
     yield
 
 
@@ -82,7 +82,7 @@ def test_dequantizes_the_rows_asked_for(weights: dict, dtype: torch.dtype) -> No
     if scheme.weights.format not in ("int8", "int4"):
         return
     weight = make_weight(21, 600 if scheme.weights.group_size is None else 640, scheme)
-    assert in_one_pass(weight)
+    assert unreadable(weight.format, weight.shape[1]) is None
     block = torch.empty(7, weight.shape[1], dtype=dtype)
     _one_pass(weight)(slice(11, 18), block)
     assert torch.equal(block, weight.dequantize()[11:18].to(dtype))
@@ -145,7 +145,7 @@ def test_compiled_graphs_call_the_same_as_ops(m: int, activations: dict | None) 
 def test_rows_of_an_odd_number_of_nibbles_are_for_torchs_ops() -> None:
     scheme = make_scheme({"format": "int4"}, None)
     weight = make_weight(8, 33, scheme)
-    assert not in_one_pass(weight)
+    assert unreadable(weight.format, 33) == "K=33 must be even for packed codes"
     spec = LinearSpec.of(weight, None, "cuda", torch.bfloat16, 1)
     assert isinstance(select(spec), DequantizeBlocks)
 
