@@ -1,4 +1,4 @@
-"""The recipe: transforms, one algorithm, refinements, a finish: each with its options checked."""
+"""The recipe: preparations, transforms, one algorithm, refinements, a finish; their options."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +10,16 @@ from ptq.errors import ConfigError
 from ptq.formats import FloatFormat
 from ptq.plugins import check_options, nearest
 from ptq.refine import FINISHES, REFINEMENTS, Finish, Refinement
-from ptq.transforms import TRANSFORMS, Transform
+from ptq.transforms import PREPARATIONS, TRANSFORMS, Preparation, Transform
 
-_ORDER = ("transform", "algorithm", "refinement", "finish")
+_ORDER = ("preparation", "transform", "algorithm", "refinement", "finish")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The steps that every block goes through, each with its options."""
 
+    preparations: tuple[tuple[Preparation, Any], ...]
     transforms: tuple[tuple[Transform, Any], ...]
     algorithm: Algorithm
     options: Any
@@ -29,9 +30,19 @@ class Recipe:
     @property
     def plain(self) -> bool:
         """Nothing but weights is needed: no calibration data, no blocks."""
-        return not (
-            self.transforms or self.refinements or self.finishes or self.algorithm.needs_moments
-        )
+        steps = (*self.preparations, *self.transforms, *self.refinements, *self.finishes)
+        return not (steps or self.algorithm.needs_moments)
+
+    @property
+    def unties(self) -> bool:
+        """Whether an output head that is tied to the embedding needs a weight of its own."""
+        return any(step.unties for step, _ in self.preparations)
+
+    @property
+    def steps_of_blocks(self) -> tuple[str, ...]:
+        """The names of the refinements."""
+        first = len(self.preparations) + len(self.transforms) + 1  # behind the algorithm
+        return self.names[first : first + len(self.refinements)]
 
     @property
     def needs_targets(self) -> bool:
@@ -62,8 +73,9 @@ def _plugins(*names: str) -> list[Plugin]:
 
 
 def make_recipe(steps: Sequence[Plugin], scheme: Scheme) -> Recipe:
-    """Check a recipe: known names, known options, transforms before the one algorithm (round to
-    nearest if none is named), refinements of blocks after it, then finishes of the whole model.
+    """Check a recipe: known names, known options, preparations of the model and transforms of
+    blocks before the one algorithm (round to nearest if none is named), refinements of blocks after
+    it, then finishes of the whole model.
 
     Args:
         scheme: that most layers get; ``auto``, alone, is what measured best for it.
@@ -75,6 +87,7 @@ def make_recipe(steps: Sequence[Plugin], scheme: Scheme) -> Recipe:
         check_options("recipe step", steps[0], NoOptions)
         steps = auto_steps(scheme)
     known = {
+        **dict.fromkeys(PREPARATIONS, "preparation"),
         **dict.fromkeys(TRANSFORMS, "transform"),
         **dict.fromkeys(ALGORITHMS, "algorithm"),
         **dict.fromkeys(REFINEMENTS, "refinement"),
@@ -90,7 +103,8 @@ def make_recipe(steps: Sequence[Plugin], scheme: Scheme) -> Recipe:
         if place < last:
             raise ConfigError(
                 f"recipe.{number}: {step.name} is a step of the kind '{_ORDER[place]}', which "
-                f"comes before {steps[number - 1].name}; the order is: transforms "
+                f"comes before {steps[number - 1].name}; the order is: preparations "
+                f"({', '.join(PREPARATIONS)}), transforms "
                 f"({', '.join(TRANSFORMS)}), one algorithm ({', '.join(ALGORITHMS)}), "
                 f"refinements ({', '.join(REFINEMENTS)}), finishes ({', '.join(FINISHES)})"
             )
@@ -113,6 +127,10 @@ def make_recipe(steps: Sequence[Plugin], scheme: Scheme) -> Recipe:
     algorithm = ALGORITHMS[step.name]
     return Recipe(
         tuple(
+            (PREPARATIONS[s.name], check_options("recipe step", s, PREPARATIONS[s.name].options))
+            for s in chosen["preparation"]
+        ),
+        tuple(
             (TRANSFORMS[s.name], check_options("recipe step", s, TRANSFORMS[s.name].options))
             for s in chosen["transform"]
         ),
@@ -127,6 +145,13 @@ def make_recipe(steps: Sequence[Plugin], scheme: Scheme) -> Recipe:
             for s in chosen["finish"]
         ),
         tuple(
-            s.name for s in (*chosen["transform"], step, *chosen["refinement"], *chosen["finish"])
+            s.name
+            for s in (
+                *chosen["preparation"],
+                *chosen["transform"],
+                step,
+                *chosen["refinement"],
+                *chosen["finish"],
+            )
         ),
     )

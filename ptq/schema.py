@@ -18,11 +18,12 @@ from ptq.formats import FLOAT8
 from ptq.observers import OBSERVERS
 from ptq.presets import PRESETS, WEIGHT_ONLY_PATTERN
 from ptq.refine import FINISHES, REFINEMENTS
-from ptq.transforms import TRANSFORMS
+from ptq.transforms import PREPARATIONS, TRANSFORMS
 
 Schema = dict[str, Any]
 
 STEPS = {
+    "residual_rotation": "preparation: the residual stream rotated, merged into the weights",
     "smoothquant": "transform: moves outliers of the activations into the weights",
     "awq": "transform: protects the weights of large inputs",
     "equalize": "transform: one range for what a layer gives and what its reader takes",
@@ -81,7 +82,7 @@ def config_schema() -> Schema:
 
 def _steps() -> Mapping[str, Any]:
     auto = type("Auto", (), {"options": NoOptions})
-    return {**TRANSFORMS, **ALGORITHMS, **REFINEMENTS, **FINISHES, "auto": auto}
+    return {**PREPARATIONS, **TRANSFORMS, **ALGORITHMS, **REFINEMENTS, **FINISHES, "auto": auto}
 
 
 def _weight_only() -> list[str]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ptq.algorithms import round_to_nearest, with_static_input
 from ptq.calibrate import LayerStatistics
@@ -14,6 +13,7 @@ from ptq.errors import CalibrationError, PTQError, UnsupportedError
 from ptq.model import (
     fold,
     forget_quantization,
+    forget_ties,
     read_layers,
     replace_module,
     shared_modules,
@@ -60,7 +60,7 @@ def quantize_layers(
             see(name, _weight_of(model, name), weight)
         place(model, name, weight, schemes[name], alone=name not in shared)
         if name in tied:
-            _untie(model)
+            forget_ties(model)
         if placed is not None:
             placed(name)
     share_inputs(model)
@@ -142,14 +142,6 @@ def _quantized(
             weight, scheme.activations, seen.low.to(device), seen.high.to(device)
         )
     return weight
-
-
-def _untie(model: nn.Module) -> None:
-    """Tell transformers that this weight is no longer tied, so that loading does not tie it."""
-    if isinstance(model, PreTrainedModel):
-        model.config.tie_word_embeddings = False
-        model._tied_weights_keys = {}
-        model.all_tied_weights_keys.clear()
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

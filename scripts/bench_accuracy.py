@@ -3,7 +3,7 @@
 
 The float model runs once and its logits wait on disk (TMPDIR; about 100 MB a window of 512 tokens
 for a vocabulary of 49,152); then each scheme with each recipe, and each configuration file,
-quantizes a fresh copy. Of a file only the scheme, the rules and the recipe count: model and texts
+quantizes a fresh copy. Of a file only scheme, rules, recipe and tied_embeddings count: model and texts
 are this command's, the same for all. --peers quantizes the same model with other toolkits, each in
 its own environment and on the same tokens, and evaluates their weights with the same code.
 Prints a Markdown table; with --json, rows that are measured later are added to the file.
@@ -26,8 +26,9 @@ from figures import protocol_line, ratio_cell, write_figures
 
 from ptq.calibrate import TokenSet, calibration_tokens, overlap
 from ptq.command import output_file, positive, run_command
-from ptq.config import CalibrationConfig, load_config
+from ptq.config import CalibrationConfig, as_config, load_config
 from ptq.errors import CalibrationError, ConfigError
+from ptq.recipe import make_recipe
 from ptq.report import Console, environment, peak_memory_bytes
 
 SCHEMES = ("w8a16", "w8a8", "w4a16-g64", "w4a16-g64-asym", "w4a8-g64")
@@ -88,12 +89,15 @@ def recipe(text: str) -> Any:
 def candidates(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """A name and the configuration of each row."""
     made: list[tuple[str, dict[str, Any]]] = [
-        (scheme, {"scheme": scheme, "recipe": steps})
+        (scheme, {"scheme": scheme, "recipe": steps} | head_of_its_own(scheme, steps))
         for scheme in options.schemes
         for steps in options.recipes
     ]
     for file in options.configs:
-        config = load_config(file).model_dump(mode="json", include={"scheme", "rules", "recipe"})
+        loaded = load_config(file)
+        config = loaded.model_dump(mode="json", include={"scheme", "rules", "recipe"})
+        if loaded.tied_embeddings == "untie":
+            config["tied_embeddings"] = "untie"
         made.append((Path(file).name, config))
     for _, config in made:
         if options.calibration:
@@ -103,6 +107,13 @@ def candidates(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
                 "sequence_length": options.context,
             }
     return made
+
+
+def head_of_its_own(scheme: str, steps: Any) -> dict[str, Any]:
+    """The key that a recipe needs which gives a tied output head a weight of its own."""
+    config = as_config({"scheme": scheme, "recipe": steps})
+    unties = make_recipe(config.recipe, config.scheme).unties
+    return {"tied_embeddings": "untie"} if unties else {}
 
 
 def bench(options: argparse.Namespace, console: Console) -> None:

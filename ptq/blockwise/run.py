@@ -25,7 +25,7 @@ from ptq.calibrate import (
 from ptq.config import Plugin, Scheme
 from ptq.core import QuantizedWeight
 from ptq.errors import CalibrationError, PTQError, UnsupportedError
-from ptq.model import block_lists, eval_mode, shared_modules
+from ptq.model import block_lists, eval_mode, forget_ties, read_layers, shared_modules
 from ptq.modules import (
     InputRotation,
     input_rotation,
@@ -36,7 +36,7 @@ from ptq.modules import (
 from ptq.recipe import Recipe
 from ptq.refine import BlockJob, DistillJob, LayerState, quantized_inputs
 from ptq.swap import See, place
-from ptq.transforms import find_groups
+from ptq.transforms import Prepared, find_groups
 
 
 @dataclass
@@ -72,6 +72,7 @@ class Blockwise:
     done: set[str] = field(default_factory=set, init=False)
     waiting: dict[str, LayerState] = field(default_factory=dict, init=False)
     restored: list[str] = field(default_factory=list, init=False)
+    prepared: list[Prepared] = field(default_factory=list, init=False)
     _keeper: Keeper | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -85,10 +86,12 @@ class Blockwise:
         Raises:
             CalibrationError: no batch, NaN or Inf in an input, or a layer with static activations
                 that no batch reaches.
-            UnsupportedError: blocks that need ``fill`` do not just follow each other.
+            UnsupportedError: blocks that need ``fill`` do not just follow each other, or the model
+                does not allow a preparation of the recipe; then nothing was quantized.
         """
         batches = list(data)
         with eval_mode(self.model):
+            self._prepare(batches)
             for names in block_lists(self.model):
                 if not any(self._inside(name) for name in names):
                     self._fill(names)
@@ -100,10 +103,25 @@ class Blockwise:
             if rest:
                 self._run_rest(rest, batches)
 
+    def _prepare(self, batches: list[Any]) -> None:
+        """Change what is outside of the blocks; blocks that have their weights are changed too."""
+        if self.recipe.preparations and not batches:
+            raise CalibrationError("calibration got no batches; give some")
+        for step, options in self.recipe.preparations:
+            made = step.prepare(self.model, batches[0], options, self.fill)
+            self.prepared.append(made)
+            self.notes.append(str(made))
+            if self.fill is None:
+                for names in block_lists(self.model):
+                    for name in names:
+                        made.fold(name)
+
     def _fill(self, names: Iterable[str]) -> None:
         if self.fill is not None:
             for name in names:
                 self.fill(name)
+                for made in self.prepared:
+                    made.fold(name)
 
     def _capture(self, names: list[str], batches: list[Any]) -> BlockStream | None:
         """The stream through these blocks; None, and noted, where they are no chain."""
@@ -372,6 +390,7 @@ class Blockwise:
     def _run_rest(self, schemes: dict[str, Scheme], batches: list[Any]) -> None:
         """Layers outside the blocks: what they see of a run of the whole model."""
         linears = _linears(self.model, schemes)
+        tied = {info.name for info in read_layers(self.model) if info.tied_to is not None}
         if self.recipe.algorithm.needs_cross:
             self.remedies.append("outside the blocks, upstream errors are not followed")
         algorithm = self.recipe.algorithm
@@ -382,6 +401,8 @@ class Blockwise:
                     seen.update(inputs_of_model(self.model, linears, batch, index), None)
         layers = self._quantize("", linears, schemes, seen)
         self._place("", layers)
+        if tied & set(schemes):
+            forget_ties(self.model)
         names = ", ".join(schemes) if len(schemes) < 4 else f"{len(schemes)} layers"
         self.remedies.append(f"outside the blocks, only the algorithm was applied to: {names}")
 

@@ -53,14 +53,15 @@ class QuantizationConfig(Section):
         BeforeValidator(_list_from_one, json_schema_input_type=list[Plugin | str] | Plugin | str),
     ] = Field(
         default_factory=lambda: [Plugin(name="rtn")],
-        description="steps, in order: transforms (smoothquant, awq, rotation), one algorithm (rtn, "
-        "gptq, gptaq, hqq), refinements (learned_rounding); each a name, or name and options; or "
-        "auto: what measured best for the scheme",
+        description="steps, in order: preparations (residual_rotation), transforms (smoothquant, "
+        "awq, rotation), one algorithm (rtn, gptq, gptaq, hqq), refinements (learned_rounding); "
+        "each a name, or name and options; or auto: what measured best for the scheme",
     )
     tied_embeddings: Literal["keep", "untie"] = Field(
         "keep",
         description="keep: an output head tied to the embedding stays tied, and float unless "
-        "'embeddings' quantizes both; untie: rules may quantize the head by itself",
+        "'embeddings' quantizes both; untie: rules may quantize the head by itself, and "
+        "residual_rotation gives it a weight of its own",
     )
     calibration: Annotated[
         CalibrationConfig | None,

@@ -26,6 +26,7 @@ from ptq.model.source import ModelSource, load_model, load_model_config, resolve
 from ptq.model.streaming import StreamedModel, stream_model
 from ptq.model.tokenizer import load_image_processor, load_tokenizer
 from ptq.model.unfold import fold, folded, unfold, unfolded
+from ptq.model.untie import forget_ties, untie_head
 
 __all__ = [
     "Experts",
@@ -42,6 +43,7 @@ __all__ = [
     "fold",
     "folded",
     "forget_quantization",
+    "forget_ties",
     "is_fused_experts",
     "load_float",
     "load_image_processor",
@@ -64,4 +66,5 @@ __all__ = [
     "take_place",
     "unfold",
     "unfolded",
+    "untie_head",
 ]

@@ -44,6 +44,7 @@ class LayerInfo:
             model that does not say which that is.
         tied_to: name of the module that owns its weight, if another one does.
         obstacle: why it cannot be quantized (None for a replaceable linear layer).
+        dtype: of its weight; float32 if it has none.
     """
 
     name: str
@@ -55,6 +56,7 @@ class LayerInfo:
     is_embedding: bool
     tied_to: str | None
     obstacle: str | None
+    dtype: torch.dtype
 
     @property
     def is_linear(self) -> bool:
@@ -120,6 +122,7 @@ def _info(
         is_embedding=is_embedding,
         tied_to=None if weight is None else owners.get(id(weight)),
         obstacle=_obstacle(module),
+        dtype=torch.float32 if weight is None else weight.dtype,
     )
 
 

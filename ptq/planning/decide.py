@@ -9,9 +9,14 @@ from torch import nn
 from ptq.config import QuantizationConfig, Scheme, as_config
 from ptq.errors import ConfigError, UnsupportedError
 from ptq.model.layers import LayerInfo, read_layers
-from ptq.planning.refuse import refuse_idle_rules, refuse_quantized, refuse_without_embedding
+from ptq.planning.refuse import (
+    refuse_idle_rules,
+    refuse_quantized,
+    refuse_unprepared,
+    refuse_without_embedding,
+)
 from ptq.planning.rules import matches
-from ptq.planning.sizes import quantized_bytes, tensor_bytes
+from ptq.planning.sizes import quantized_bytes, tensor_bytes, untied_bytes
 from ptq.planning.whole import LayerPlan, Plan
 from ptq.recipe import Recipe, make_recipe
 
@@ -54,6 +59,7 @@ def plan(
     refuse_idle_rules(config.rules, infos, config)
     refuse_without_embedding(config, infos)
     recipe = make_recipe(config.recipe, config.scheme)
+    refuse_unprepared(model, config, recipe, infos)
     layers = tuple(_plan_layer(info, config, recipe, dtype) for info in infos)
     first_float = next((i.tensors[0].dtype for i in infos if i.tensors), torch.float32)
     made = Plan(layers, dtype or first_float)
@@ -93,6 +99,8 @@ def _plan_layer(
         _check_fits(info, scheme, decided_by)
         if shares is None:
             after = quantized_bytes(info, scheme, dtype)
+    elif info.is_head and info.tied_to is not None and recipe.unties:
+        after += untied_bytes(info, dtype)
     return LayerPlan(
         info.name,
         info.kind,

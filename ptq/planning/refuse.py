@@ -11,6 +11,8 @@ from ptq.errors import ConfigError, UnsupportedError
 from ptq.model.layers import LayerInfo
 from ptq.modules import quantized_modules
 from ptq.planning.rules import matches
+from ptq.planning.sizes import megabytes, untied_bytes
+from ptq.recipe import Recipe
 
 
 def refuse_quantized(model: nn.Module) -> None:
@@ -65,6 +67,22 @@ def refuse_without_embedding(config: QuantizationConfig, infos: list[LayerInfo])
         raise ConfigError(
             f"embeddings: {config.embeddings}: the model has no plain nn.Embedding for its tokens"
             f"{found and f', only {found}'}; leave the key out"
+        )
+
+
+def refuse_unprepared(
+    model: nn.Module, config: QuantizationConfig, recipe: Recipe, infos: list[LayerInfo]
+) -> None:
+    """Whether the structure of the model allows what the recipe does to the whole of it."""
+    for step, _ in recipe.preparations:
+        step.require(model)
+    tied = next((info for info in infos if info.is_head and info.tied_to is not None), None)
+    if recipe.unties and tied is not None and config.tied_embeddings == "keep":
+        more = megabytes(untied_bytes(tied, None))
+        raise ConfigError(
+            f"recipe [{recipe}]: {recipe.names[0]} gives {tied.name} a weight of its own, and "
+            f"it is tied to {tied.tied_to}; set tied_embeddings: untie ({more} more in "
+            f"{tied.dtype}), or leave the step out"
         )
 
 

@@ -29,6 +29,11 @@ def tensor_bytes(tensor: TensorInfo, dtype: torch.dtype | None) -> int:
     return torch.Size(tensor.shape).numel() * stored.itemsize
 
 
+def untied_bytes(info: LayerInfo, dtype: torch.dtype | None) -> int:
+    """Bytes of the weight that a tied output head gets for its own."""
+    return torch.Size(info.shape).numel() * (dtype or info.dtype).itemsize
+
+
 def megabytes(count: int) -> str:
     """Bytes as text; four decimals for what is small."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e6:.4f} MB"

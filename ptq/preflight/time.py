@@ -143,15 +143,13 @@ class _Work:
 
     def _blockwise(self) -> float:
         """Hidden states pass through each block; what the steps of the recipe do there."""
-        f, names = self.facts, self.facts.recipe.names
+        f = self.facts
         watched = bool(f.recipe.algorithm.needs_moments or f.static)
         passes = 1 + watched + f.recipe.needs_targets * (1 + f.recipe.algorithm.needs_cross)
         total = passes * f.calibration_tokens * self.block_token
         if watched:
             total += self._moments()
-        first = len(f.recipe.transforms) + 1  # behind the algorithm
-        refinements = names[first : first + len(f.recipe.refinements)]
-        for name, (_, options) in zip(refinements, f.recipe.refinements, strict=True):
+        for name, (_, options) in zip(f.recipe.steps_of_blocks, f.recipe.refinements, strict=True):
             if name == "learned_rounding":
                 total += self._learned_rounding(options.iterations, options.sequences)
         total += 2 * len(f.recipe.transforms) * f.calibration_tokens * self.block_token

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel
@@ -62,6 +62,33 @@ class ChannelStats:
 
     absmax: Tensor
     absmean: Tensor
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Rewrites the weights of a whole float model before its first block is calibrated; what the
+    model computes stays the same.
+
+    Args:
+        require: ``(model)``; raises UnsupportedError where the structure of a model, which may be
+            on the meta device, does not allow it.
+        prepare: ``(model, batch, options, fill) -> prepared``: changes what is outside of the
+            blocks. ``fill`` gives the block of a name its weights, or is None where all are there.
+        options: the pydantic model of its options.
+        unties: an output head that is tied to the embedding needs a weight of its own.
+    """
+
+    require: Callable[[nn.Module], object]
+    prepare: Callable[[nn.Module, Any, Any, Callable[[str], None] | None], "Prepared"]
+    options: type[BaseModel]
+    unties: bool
+
+
+class Prepared(Protocol):
+    """A model whose blocks are still to be changed; as text, what was done."""
+
+    def fold(self, block: str) -> None:
+        """Change the block of this name, which has its weights; nothing the second time."""
 
 
 @dataclass(frozen=True)

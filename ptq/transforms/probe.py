@@ -98,23 +98,7 @@ class Probe:
 
     def watch(self) -> "Flow":
         """What each module without children reads and gives in a run, in the order of calls."""
-        flow = Flow()
-
-        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-            def seen(_: nn.Module, given: tuple[Any, ...], out: Any) -> None:
-                if given and isinstance(given[0], Tensor) and isinstance(out, Tensor):
-                    flow.reads[name], flow.gives[name] = given[0], out
-
-            return seen
-
-        leaves = [(n, m) for n, m in self.block.named_modules() if not any(m.children())]
-        handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
-        try:
-            self.run()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return flow
+        return watched(self.block, self.run)
 
 
 @dataclass(eq=False)
@@ -123,6 +107,27 @@ class Flow:
 
     reads: dict[str, Tensor] = field(default_factory=dict)
     gives: dict[str, Tensor] = field(default_factory=dict)
+
+
+def watched(module: nn.Module, run: Callable[[], object]) -> Flow:
+    """What each module without children in this one reads and gives in a run."""
+    flow = Flow()
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def seen(_: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+            if given and isinstance(given[0], Tensor) and isinstance(out, Tensor):
+                flow.reads[name], flow.gives[name] = given[0], out
+
+        return seen
+
+    leaves = [(n, m) for n, m in module.named_modules() if not any(m.children())]
+    handles = [leaf.register_forward_hook(hook(name)) for name, leaf in leaves]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return flow
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:

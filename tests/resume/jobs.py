@@ -22,6 +22,7 @@ FILES = ("model.safetensors", "config.json")
 LEARNED = {"name": "learned_rounding", "options": {"iterations": 4, "sequences": 2}}
 PERMUTED = {"name": "gptaq", "options": {"act_order": "permuted"}}
 TURNED = {"name": "rotation", "options": {"gain": 0.0}}
+MERGED = {"recipe": ["residual_rotation", "gptq"], "scheme": "w8a8", "tied_embeddings": "untie"}
 KINDS: dict[str, dict[str, Any]] = {
     "loaded": {},
     "streamed": {"stream": True},
@@ -29,6 +30,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "rotated": {"recipe": [TURNED, "gptq"], "scheme": "w8a8"},
     "rotated, streamed": {"recipe": [TURNED, "gptq"], "scheme": "w8a8", "stream": True},
     "rotated, distilled": {"recipe": [TURNED, "gptq", "distill"], "scheme": "w4a8-g16"},
+    "merged": MERGED,
+    "merged, streamed": {**MERGED, "stream": True},
 }
 """What the jobs are, beside the usual."""
 

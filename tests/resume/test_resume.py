@@ -104,7 +104,16 @@ def notes(report: Report) -> str:
 
 
 @pytest.mark.parametrize(
-    "kind", ["loaded", "streamed", "distilled", "rotated, streamed", "rotated, distilled"]
+    "kind",
+    [
+        "loaded",
+        "streamed",
+        "distilled",
+        "rotated, streamed",
+        "rotated, distilled",
+        "merged",
+        "merged, streamed",
+    ],
 )
 def test_killed_at_many_writes_it_gives_the_same_bits(
     kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
