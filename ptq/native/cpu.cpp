@@ -292,11 +292,11 @@ void unpack_row(const Weight<Scales>& weight, int64_t row, uint32_t* to) {
 }
 
 // Of 32 values each the 1st, 5th, 9th .., then the 2nd, 6th .., as `Nibbles` has its codes.
-inline std::vector<uint16_t> in_turn(const uint16_t* x, int64_t count) {
+inline Scratch<uint16_t> in_turn(const uint16_t* x, int64_t count) {
   std::array<uint16_t, 32> order;
   for (int i = 0; i < 32; ++i) order[i] = i % 8 * 4 + i / 8;
   const __m512i indices = _mm512_loadu_si512(order.data());
-  std::vector<uint16_t> out(count);
+  Scratch<uint16_t> out(count);
   for (int64_t i = 0; i < count; i += 32)
     _mm512_storeu_si512(out.data() + i, _mm512_permutexvar_epi16(indices, _mm512_loadu_si512(x + i)));
   return out;
@@ -345,12 +345,12 @@ struct FloatRows {
 
 template <class Codes, class Scales>
 void multiply_few_rows(const uint16_t* x, const Weight<Scales>& weight, const Output& out) {
-  std::vector<uint16_t> ordered;
   if constexpr (Codes::kInTurn) {
-    ordered = in_turn(x, out.m * weight.k);
-    x = ordered.data();
+    const Scratch<uint16_t> ordered = in_turn(x, out.m * weight.k);
+    by_rows(out, weight.k, FloatRows<Codes, Scales>{ordered.data(), weight, out});
+  } else {
+    by_rows(out, weight.k, FloatRows<Codes, Scales>{x, weight, out});
   }
-  by_rows(out, weight.k, FloatRows<Codes, Scales>{x, weight, out});
 }
 
 template <class Scaled, class Scales>

@@ -14,9 +14,9 @@ constexpr int kGroupRows = 6;  // rows of W in a tile: it has sums of integers a
 
 // Rows of W, unpacked: codes as units, and of each group the scale and the code that stands for 0.
 struct GroupedRows {
-  std::vector<uint32_t> codes;
-  std::vector<float> scales;
-  std::vector<int32_t> zeros;
+  Scratch<uint32_t> codes;
+  Scratch<float> scales;
+  Scratch<int32_t> zeros;
   int64_t stride, groups;
 
   GroupedRows(int64_t rows, int64_t units, int64_t groups)
@@ -36,9 +36,11 @@ inline __m256i unsigned_codes(const uint8_t* from) {
 }
 
 // Of x in panels [M / 16, units, 16] the sums of each group [M / 16, groups, 16].
-inline std::vector<int32_t> sums_of_groups(const std::vector<uint32_t>& panels, int64_t units, int64_t groups) {
-  const int64_t wide = units / groups, count = static_cast<int64_t>(panels.size()) / kLanes / wide;
-  std::vector<int32_t> sums(count * kLanes);
+inline Scratch<int32_t> sums_of_groups(const Scratch<uint32_t>& panels, int64_t count, int64_t units,
+                                       int64_t groups) {
+  const int64_t wide = units / groups;
+  count *= groups;
+  Scratch<int32_t> sums(count * kLanes);
   const __m512i ones = _mm512_set1_epi8(1);
   for (int64_t i = 0; i < count; ++i) {
     __m512i sum = _mm512_setzero_si512();
@@ -89,9 +91,9 @@ void grouped_tile(const uint32_t* x, const int32_t* sums_of_x, const GroupedRows
 template <class Unpack>
 void grouped_product(const uint32_t* x, int64_t units, int64_t groups, const Output& out,
                      const Unpack& unpack) {
-  const std::vector<uint32_t> panels = packed_panels(x, out.m, units, 0);
-  const std::vector<int32_t> sums = sums_of_groups(panels, units, groups);
   const int64_t count = ceil_div(out.m, kLanes);
+  const Scratch<uint32_t> panels = packed_panels(x, out.m, units, 0);
+  const Scratch<int32_t> sums = sums_of_groups(panels, count, units, groups);
   const int64_t fitting = kBatchBytes / (kGroupRows * units * 4);
   const int64_t batch = kGroupRows * std::clamp<int64_t>(out.m <= 2 * kLanes ? 1 : fitting, 1, 8);
   torch::stable::parallel_for(0, ceil_div(out.n, kGroupRows), 1, [&](int64_t begin, int64_t end) {

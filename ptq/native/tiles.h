@@ -11,7 +11,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <memory>
+#include <new>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -22,6 +23,23 @@ constexpr int kLanes = 16;   // rows of x in a panel
 constexpr int kHeight = 12;  // rows of W in a tile
 constexpr int kAhead = 4096;     // bytes that W is fetched before it is read
 constexpr int64_t kBatchBytes = 384 * 1024;  // of unpacked rows of W: they stay in the second-level cache
+
+// Values that are not set to zero first, from a cache line's start on.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : values_(static_cast<T*>(::operator new(size * sizeof(T), kLine))) {}
+
+  T* data() const { return values_.get(); }
+  T& operator[](int64_t i) const { return values_.get()[i]; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(T* values) const { ::operator delete(values, kLine); }
+  };
+  std::unique_ptr<T[], Free> values_;
+};
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -52,9 +70,9 @@ inline void transpose(__m512i r[16]) {
 }
 
 // x [M, units] to panels [M / 16, units, 16]; rows beyond M are zero. `flip` is applied to each unit.
-inline std::vector<uint32_t> packed_panels(const uint32_t* x, int64_t m, int64_t units, uint32_t flip) {
+inline Scratch<uint32_t> packed_panels(const uint32_t* x, int64_t m, int64_t units, uint32_t flip) {
   const int64_t panels = ceil_div(m, kLanes), chunks = units / kLanes;
-  std::vector<uint32_t> out(panels * units * kLanes);
+  Scratch<uint32_t> out(panels * units * kLanes);
   const __m512i mask = _mm512_set1_epi32(flip);
   torch::stable::parallel_for(0, panels * chunks, 32, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
@@ -164,13 +182,13 @@ void tile(const uint32_t* x, const uint32_t* w, int64_t stride, int64_t units, i
 // y = x W^T by tiles. `unpack(n, to)` puts row n of W, `units` long, where it is told to.
 template <class Arithmetic, class Unpack>
 void product(const uint32_t* x, int64_t units, uint32_t flip, const Output& out, const Unpack& unpack) {
-  const std::vector<uint32_t> panels = packed_panels(x, out.m, units, flip);
+  const Scratch<uint32_t> panels = packed_panels(x, out.m, units, flip);
   const int64_t count = ceil_div(out.m, kLanes);
   const int64_t stride = units + kLanes;  // not a power of two: rows would share a cache's sets
   const int64_t fitting = kBatchBytes / (kHeight * stride * 4);
   const int64_t batch = kHeight * std::clamp<int64_t>(out.m <= 2 * kLanes ? 1 : fitting, 1, 4);
   torch::stable::parallel_for(0, ceil_div(out.n, kHeight), 1, [&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> rows(batch * stride);
+    const Scratch<uint32_t> rows(batch * stride);
     const int64_t stop = std::min(end * kHeight, out.n);
     for (int64_t first = begin * kHeight; first < stop; first += batch) {
       const int64_t last = std::min(first + batch, stop);
