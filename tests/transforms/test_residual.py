@@ -138,6 +138,17 @@ def test_the_model_computes_what_it_did_on_a_stream_without_loud_channels(family
     assert float(even.max() / even.mean()) < 4
 
 
+def test_blocks_of_several_kinds_are_each_read() -> None:
+    model = decoder(DECODERS["llama"])
+    block = block_lists(model)[0][1]
+    other = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 32))
+    model.get_submodule(block).mlp = other
+    before = logits(model)
+    prepare(model)
+    after = logits(model)
+    assert float((after - before).norm() / before.norm()) < 1e-4
+
+
 def test_what_rotated_states_are() -> None:
     model = decoder(DECODERS["llama"])
     turn, before = Turn.of(32, 3), stream(model)
@@ -238,6 +249,7 @@ def test_an_untied_head_stays_untied_as_a_float_model(tmp_path: Path) -> None:
     }
     ptq.quantize(model, request, calibration=batches(), console=Console("quiet"))
     ptq.dequantize(model)
+    assert not model.config.tie_word_embeddings
     model.save_pretrained(tmp_path / "float")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "float").eval()
     assert torch.equal(logits(again), logits(model))
