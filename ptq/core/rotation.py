@@ -79,6 +79,12 @@ class Rotation:
         left, right = self._matrices(x)
         return self._apply(x, left.T, right)
 
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """L [left, left] and M [right, right], of which R repeats the Kronecker product along its
+        diagonal: of a piece of x, seen as [left, right], ``x R`` is ``L^T piece M``. On x's device,
+        float32 or float64."""
+        return self._matrices(x)
+
     def transposed(self, x: Tensor) -> Tensor:
         """``x R^T`` in the dtype of x."""
         left, right = self._matrices(x)

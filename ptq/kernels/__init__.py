@@ -13,6 +13,7 @@ from ptq.kernels.dequantize import DequantizeBlocks
 from ptq.kernels.memory import aligned
 from ptq.kernels.reference import Reference
 from ptq.kernels.resident import Resident
+from ptq.kernels.rotate import rotated
 from ptq.kernels.select import KERNELS, RowRange, row_ranges, select
 from ptq.kernels.spec import Kernel, LinearSpec
 
@@ -37,6 +38,7 @@ __all__ = [
     "TwoDigit",
     "aligned",
     "quantize_activation",
+    "rotated",
     "row_ranges",
     "select",
 ]

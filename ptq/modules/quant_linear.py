@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from ptq.config import Scheme
 from ptq.core import QuantizedWeight, Rotation, is_exporting
-from ptq.kernels import Activation, Kernel, LinearSpec, Reference, quantize_activation, select
+from ptq.kernels import (
+    Activation,
+    Kernel,
+    LinearSpec,
+    Reference,
+    quantize_activation,
+    rotated,
+    select,
+)
 from ptq.modules.buffers import empty_weight, held_weight, kept_scales, register, share
 from ptq.modules.joint_product import JointProduct
 from ptq.modules.shared_input import SharedInput
@@ -116,7 +124,7 @@ class QuantLinear(nn.Module):
         return make() if self.shared_input is None else self.shared_input.get(x, codes, make)
 
     def _new_activation(self, rows: Tensor, codes: torch.dtype | None) -> Activation:
-        rows = rows if self.rotation is None else self.rotation(rows)
+        rows = rows if self.rotation is None else rotated(rows, self.rotation)
         rows = rows if self.input_order is None else rows.index_select(1, self.input_order)
         scheme = self.scheme.activations
         return quantize_activation(rows, scheme, self.input_scale, self.input_zero_point, codes)

@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "groups.h"
+#include "rotate.h"
 #include "rows.h"
 #include "tiles.h"
 
@@ -90,6 +91,44 @@ std::tuple<Tensor, Tensor> quantize_rows(Tensor x, ScalarType dtype) {
     }
   });
   return {codes, scales};
+}
+
+// ---- rotated activations ----
+
+// Of each piece of a row of x, float32 or bfloat16 [M, K], seen as [l, r]: left^T piece right, with left
+// [l, l] and right [r, r] in float32; K is a multiple of l r. In the dtype of x, computed in float32.
+Tensor rotate_rows(Tensor x, Tensor left, Tensor right) {
+  const int64_t m = x.size(0), k = x.size(1), rows = left.size(0), columns = right.size(0);
+  const int64_t size = rows * columns;
+  STD_TORCH_CHECK(k % size == 0 && x.is_contiguous() && left.is_contiguous() && right.is_contiguous(),
+                  "x [M, K] and both matrices must be contiguous, K a multiple of what is mixed");
+  Tensor y = torch::stable::new_empty(x, {m, k}, x.scalar_type());
+  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  const int64_t bytes = bfloat16 ? 2 : 4, pieces = m * k / size;
+  const char* from = data<char>(x);
+  char* to = static_cast<char*>(y.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(1, (1 << 18) / (size * (rows + columns)));
+  torch::stable::parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
+    const Mixer mixer(data<float>(left), data<float>(right), rows, columns);
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const Values values{from + piece * size * bytes, bfloat16};
+      for (int64_t i = 0; i < size; i += kLanes)
+        _mm512_storeu_ps(mixer.piece.data() + i, values.at(i, up_to(size - i)));
+      mixer.run();
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t i = 0; i < columns; i += kLanes) {
+          const __m512 value = _mm512_loadu_ps(mixer.whole.data() + row * mixer.stride + i);
+          const int64_t at = piece * size + row * columns + i;
+          if (bfloat16)
+            _mm256_mask_storeu_epi16(to + 2 * at, up_to(columns - i),
+                                     reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+          else
+            _mm512_mask_storeu_ps(to + 4 * at, up_to(columns - i), value);
+        }
+      }
+    }
+  });
+  return y;
 }
 
 // ---- int8 activations, int8 weights ----
@@ -443,6 +482,7 @@ Tensor linear_groups(Tensor x, Tensor x_scale, Tensor codes, Tensor scale, std::
 
 STABLE_TORCH_LIBRARY(ptq, m) {
   m.def("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)");
+  m.def("rotate_rows(Tensor x, Tensor left, Tensor right) -> Tensor");
   m.def("linear_int8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor sums, ScalarType dtype) -> Tensor");
   m.def(
       "linear_groups(Tensor x, Tensor x_scale, Tensor codes, Tensor scale, Tensor? zero_point, "
@@ -454,6 +494,7 @@ STABLE_TORCH_LIBRARY(ptq, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(ptq, CPU, m) {
   m.impl("quantize_rows", TORCH_BOX(&ptq::quantize_rows));
+  m.impl("rotate_rows", TORCH_BOX(&ptq::rotate_rows));
   m.impl("linear_int8", TORCH_BOX(&ptq::linear_int8));
   m.impl("linear_groups", TORCH_BOX(&ptq::linear_groups));
   m.impl("linear_float", TORCH_BOX(&ptq::linear_float));

@@ -59,6 +59,7 @@ def load(path: Path) -> None:
         return
     torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     torch.library.register_fake("ptq::quantize_rows", _quantize_rows)
+    torch.library.register_fake("ptq::rotate_rows", _rotate_rows)
     torch.library.register_fake("ptq::linear_int8", _linear_int8)
     torch.library.register_fake("ptq::linear_groups", _linear_groups)
     torch.library.register_fake("ptq::linear_float", _linear_float)
@@ -66,6 +67,10 @@ def load(path: Path) -> None:
 
 def _quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+def _rotate_rows(x: Tensor, _left: Tensor, _right: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _linear_int8(

@@ -1,21 +1,30 @@
 """ptq's own kernels: compiled once, equal to the reference, at any number of rows."""
 
 import functools
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ptq
 from ptq.algorithms import round_to_nearest
 from ptq.cli import main
 from ptq.config import ActivationScheme, Scheme, preset
-from ptq.core import QuantizedWeight
+from ptq.core import QuantizedWeight, Rotation, hadamard
 from ptq.errors import UnsupportedError
-from ptq.kernels import Activation, Kernel, LinearSpec, quantize_activation, row_ranges
+from ptq.kernels import (
+    Activation,
+    Kernel,
+    LinearSpec,
+    quantize_activation,
+    rotated,
+    row_ranges,
+)
 from ptq.kernels.cpu_native import NativeFloat, NativeInt4, NativeInt8
 from ptq.modules import QuantLinear, join
 from ptq.native import library
@@ -198,6 +207,50 @@ def test_compiled_for_any_number_of_rows(scheme: str) -> None:
         assert (compiled(x) - layer(x)).norm() <= 1e-3 * layer(x).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [2, 12, 24, 40, 120, 344, 576, 1536, 2048])
+def test_rotated_rows_are_products_with_the_whole_matrix(size: int, dtype: torch.dtype) -> None:
+    """Orders 1 and 2, multiples of 4 and 8, several pieces in a row; in float64 for comparison."""
+    rotation = Rotation.of(size)
+    left, right = hadamard(rotation.left).double(), hadamard(rotation.right).double()
+    pieces = size // rotation.order
+    whole = torch.block_diag(*[torch.kron(left, right)] * pieces)
+    whole *= 2.0 ** -round(math.log2(rotation.order) / 2)
+    for rows in (1, 3, 17):
+        x = torch.randn(rows, 2 * size, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        x = x[:, ::2]  # strided
+        y = rotated(x, rotation)
+        exact = x.double() @ whole
+        # Each step adds products that are exact, as the entries are powers of two.
+        terms = x.double().abs() @ whole.abs()
+        rounding = (rotation.left + rotation.right) * torch.finfo(torch.float32).eps
+        stored = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0.0
+        assert y.dtype == dtype
+        assert bool(((y.double() - exact).abs() <= terms * rounding + exact.abs() * stored).all())
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a8-g16"])
+def test_layers_rotate_by_the_compiled_op(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And give what they give with torch's products."""
+    rule = preset(scheme).model_copy(update={"input_rotation": "hadamard"})
+    weight = round_to_nearest(torch.randn(16, 192), rule.weights)
+    layer, x = QuantLinear(weight, rule), torch.randn(5, 192)
+    calls = []
+    real = torch.ops.ptq.rotate_rows
+
+    def counted(*arguments: Tensor) -> Tensor:
+        calls.append(arguments)
+        made: Tensor = real(*arguments)
+        return made
+
+    monkeypatch.setattr(torch.ops.ptq, "rotate_rows", counted)
+    ours = layer(x)
+    assert len(calls) == 1
+    monkeypatch.setattr("ptq.kernels.rotate.ready", lambda: False)
+    torch.testing.assert_close(layer(x), ours, rtol=1e-5, atol=1e-4)
+    assert len(calls) == 1
+
+
 def test_the_ops_do_what_their_schema_says() -> None:
     made = preset("w8a8")
     form = NativeInt8().prepare(round_to_nearest(torch.randn(48, 128), made.weights), torch.float32)
@@ -208,6 +261,7 @@ def test_the_ops_do_what_their_schema_says() -> None:
     )
     for op, arguments in (
         (torch.ops.ptq.quantize_rows.default, (x, torch.bfloat16)),
+        (torch.ops.ptq.rotate_rows.default, (x, *Rotation.of(128).factors(x))),
         (torch.ops.ptq.linear_int8.default,
          (codes, scale, form.codes, form.scale, form.sums, torch.bfloat16)),
         (torch.ops.ptq.linear_float.default,
