@@ -3,9 +3,9 @@
 
 The float model runs once and its logits wait on disk (TMPDIR; about 100 MB a window of 512 tokens
 for a vocabulary of 49,152); then each scheme with each recipe, and each configuration file,
-quantizes a fresh copy. Of a file only scheme, rules, recipe and tied_embeddings count: model and texts
-are this command's, the same for all. --peers quantizes the same model with other toolkits, each in
-its own environment and on the same tokens, and evaluates their weights with the same code.
+quantizes a fresh copy. Of a file only scheme, rules, recipe and tied_embeddings count: model and
+texts are this command's, the same for all. --peers quantizes the same model with other toolkits,
+each in its own environment and on the same tokens, and evaluates their weights with the same code.
 Prints a Markdown table; with --json, rows that are measured later are added to the file.
 """
 

@@ -16,10 +16,12 @@ import argparse
 import sys
 from contextlib import ExitStack
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
 from arguments import command_line, model_parser
 from figures import write_figures
 from llama_bench import llama_candidate
@@ -48,6 +50,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--random", choices=RANDOM, help="random weights in place of --model")
     parser.add_argument("--device", default="cpu", help="of ptq's models and the float ones")
     parser.add_argument("--schemes", nargs="*", default=SCHEMES)
+    parser.add_argument("--recipes", nargs="+", type=yaml.safe_load, default=["rtn"],
+                        metavar="YAML", help="of each scheme (default: rtn)")  # fmt: skip
     parser.add_argument("--bases", nargs="+", choices=BASES, default=BASES,
                         help="float models to compare with")  # fmt: skip
     parser.add_argument("--dtype", choices=BASES, default="bfloat16",
@@ -99,9 +103,9 @@ def build(
         options.dtype, options.head, options.embeddings, options.tune, longest, device
     )
     made = [float_candidate(source, base, longest, device) for base in options.bases]
-    for scheme in options.schemes:
+    for scheme, recipe in product(options.schemes, options.recipes):
         console.stage(scheme)
-        made.append(quantized_candidate(source, scheme, request, console))
+        made.append(quantized_candidate(source, scheme, recipe, request, console))
     words = ["--longest", str(longest), "--dtype", options.dtype]
     words += ["--head"] if options.head else []
     for method, python in (peer for group in options.peers for peer in group):

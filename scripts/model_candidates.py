@@ -13,7 +13,8 @@ from model_turns import Turns, own_memory, weight_bytes
 from racing import timed
 from transformers import AutoModelForCausalLM
 
-from ptq.config import torch_dtype
+from ptq.config import QuantizationConfig, as_config, torch_dtype
+from ptq.recipe import make_recipe
 from ptq.report import Console
 
 RANDOM = {
@@ -66,13 +67,15 @@ class Request:
     longest: int
     device: torch.device
 
-    def configuration(self, scheme: str) -> dict[str, Any]:
+    def configuration(self, scheme: str, recipe: Any) -> QuantizationConfig:
         """Of ``ptq.quantize``."""
-        asked: dict[str, Any] = {"scheme": scheme, "embeddings": self.embeddings}
+        asked = {"scheme": scheme, "recipe": recipe, "embeddings": self.embeddings}
+        config = as_config(asked)
         if self.head is not None:
             asked["rules"] = [{"layers": "lm_head", "scheme": self.head}]
+        if self.head is not None or make_recipe(config.recipe, config.scheme).unties:
             asked["tied_embeddings"] = "untie"
-        return asked
+        return as_config(asked)
 
 
 def random_in_memory(name: str, dtype: torch.dtype, device: torch.device) -> Any:
@@ -105,25 +108,37 @@ def float_candidate(directory: Path, dtype: str, longest: int, device: torch.dev
 
 
 def quantized_candidate(
-    directory: Path, scheme: str, request: Request, console: Console
+    directory: Path, scheme: str, recipe: Any, request: Request, console: Console
 ) -> Candidate:
-    """The float model quantized, saved, and loaded from what was saved."""
+    """The float model quantized, saved, and loaded from what was saved.
+
+    Recipes that look at data get random tokens: what they decide may depend on that.
+    """
     import ptq
 
     made: list[Any] = []
     with TemporaryDirectory() as folder:
         quantized, _ = ptq.load_float(directory, dtype=request.dtype)
-        ptq.quantize(quantized, request.configuration(scheme), console=console)
+        config = request.configuration(scheme, recipe)
+        tokens = random_tokens(quantized.config.get_text_config().vocab_size)
+        ptq.quantize(quantized, config, calibration=tokens, console=console)
         out = Path(folder) / "out"
         ptq.save(quantized, out)
         del quantized
         seconds = timed(lambda: made.append(ptq.load(out, device=request.device)))
-    candidate = _candidate(scheme, made[0], request.longest, seconds)
+    name = scheme if recipe == "rtn" else f"{scheme} {make_recipe(config.recipe, config.scheme)}"
+    candidate = _candidate(name, made[0], request.longest, seconds)
     if request.memory is not None:
         dtype = torch_dtype(request.dtype)
         tuning = ptq.tune(made[0], memory=request.memory, dtype=dtype, progress=console.bar("tune"))
         candidate.more["tuning"] = tuning.to_dict()
     return candidate
+
+
+def random_tokens(vocabulary: int) -> list[torch.Tensor]:
+    """Four sequences of 256 token ids."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (1, 256), generator=generator) for _ in range(4)]
 
 
 def _candidate(name: str, model: Any, longest: int, seconds: float) -> Candidate:

@@ -70,6 +70,13 @@ def test_random_weights_tuned_with_a_quantized_head(
     assert found["command"].endswith("--bases bfloat16")
 
 
+def test_recipes_of_one_scheme_take_turns(tmp_path: Path) -> None:
+    arguments = ["--random", "tiny", "--bases", "bfloat16", "--schemes", "w8a8", "--recipes"]
+    found = run(tmp_path, *arguments, "rtn", "[residual_rotation, rtn]")
+    names = ["bfloat16", "w8a8", "w8a8 residual_rotation, rtn"]
+    assert [model["name"] for model in found["models"]] == names
+
+
 def test_quantized_embeddings_shared_with_the_head(tmp_path: Path) -> None:
     arguments = ["--random", "tiny", "--schemes", "w8a16", "--bases", "bfloat16"]
     float_one, without = run(tmp_path, *arguments)["models"]
