@@ -14,7 +14,14 @@ from ptq.errors import ConfigError
 from ptq.evaluation import evaluated_as, known_figures, parse_conditions, require_generation
 from ptq.job.state import Job
 from ptq.kv_cache import check_cache, expected_scales, hold_scales
-from ptq.model import ModelSource, load_model_config, require_token_ids, resolve_device, skeleton
+from ptq.model import (
+    ModelSource,
+    load_model_config,
+    require_token_ids,
+    resolve_device,
+    skeleton,
+    untie_head,
+)
 from ptq.observers import make_observer
 from ptq.planning import plan
 from ptq.preflight import (
@@ -77,6 +84,8 @@ def _predict(job: Job, empty: PreTrainedModel, parse_seconds: float) -> None:
     facts = facts_of(
         empty, job.model_config, job.plan, job.recipe, job.config, stored, job.float_dtype()
     )
+    if job.recipe.unties:
+        untie_head(empty)
     limit = 5000 if job.config.output is None else job.config.output.shard_size_mb
     size = checkpoint_bytes(empty, job.plan, job.dtype(), limit * 1_000_000)
     process, began, elapsed = memory_bytes(), clock(), clock() - job.clock_start

@@ -1,5 +1,7 @@
 """An output head that no longer shares the embedding's weight."""
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -12,8 +14,10 @@ def forget_ties(model: nn.Module) -> None:
         model.all_tied_weights_keys.clear()
 
 
-def untie_head(model: nn.Module, embedding: nn.Module, head: nn.Module) -> None:
-    """Give the head a copy of the weight that it shares with the embedding, if it does."""
+def untie_head(model: Any) -> None:
+    """Give the output head of a model that says which that is, and which its embedding, a copy of
+    the weight that they share, if they do."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     weight = head.weight
     assert isinstance(weight, nn.Parameter)
     if weight is embedding.weight:

@@ -98,6 +98,13 @@ class Facts:
         return self.plan.parameters * self.float_dtype.itemsize
 
     @property
+    def untied_bytes(self) -> int:
+        """Of the weight that an output head tied to the embedding gets while the model is float."""
+        tied = (x for x in self.plan.layers if not x.parameters and len(x.shape) == 2)
+        elements = sum(x.shape[0] * x.shape[1] for x in tied) if self.recipe.unties else 0
+        return elements * self.float_dtype.itemsize
+
+    @property
     def quantized_bytes(self) -> int:
         """Of the quantized model in memory: its tensors are the checkpoint's."""
         return self.plan.bytes_after

@@ -188,6 +188,8 @@ def _blockwise(facts: Facts) -> Terms:
     }
     if not facts.streamed:
         terms[f"hidden states of {samples} sequences, {followed} times"] = followed * hidden
+    if facts.untied_bytes:
+        terms["the output head's own weight"] = facts.untied_bytes
     terms |= _moments(facts)
     names = facts.recipe.names
     if "learned_rounding" in names:

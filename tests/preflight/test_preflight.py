@@ -64,6 +64,7 @@ def quiet(config: Any) -> Report:
         {"scheme": "w8a8", "output": {"dir": "out", "dtype": "bfloat16"}},
         {"scheme": "w4a16-g32", "embeddings": "w8a16"},
         {"scheme": "w8a8", "recipe": ["rotation", "gptq"]},
+        {"scheme": "w8a8", "recipe": ["residual_rotation", "gptq"], "tied_embeddings": "untie"},
         {"scheme": "w8a16", "tied_embeddings": "untie", "rules": [
             {"layers": "lm_head", "scheme": "w4a16-g32"}]},
         {"scheme": "w8a16", "output": {"dir": "out", "shard_size_mb": 1}},
@@ -158,6 +159,9 @@ def test_memory_has_what_a_stage_holds() -> None:
     terms = stages(learned)["quantize"].terms
     assert terms["hidden states of 8 sequences, 2 times"] == 2 * 8 * 64 * 256 * 4
     assert terms["learned rounding: rounding, codes, gradients"] == 32 * learned.block_elements
+    turned = facts(recipe=["residual_rotation", "rtn"], tied_embeddings="untie")
+    terms = stages(turned)["quantize"].terms
+    assert terms["the output head's own weight"] == 4 * model.lm_head.weight.numel()
     streamed = stages(facts(model={"id": "x", "stream": True}))
     assert streamed["quantize"].total < stages(facts())["quantize"].total
     totals = [stage.total for stage in streamed.values()]

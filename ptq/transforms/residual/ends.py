@@ -40,7 +40,7 @@ class Ends:
     def fold(self, model: nn.Module, turn: Turn) -> None:
         """Let the embedding give turned states, and the head read them, in place; a head that is
         tied to the embedding gets a weight of its own."""
-        untie_head(model, self.embedding, self.head)
+        untie_head(model)
         turn_columns(self.embedding.weight, turn)
         turn_columns(self.head.weight, turn, self.factor)
         with torch.no_grad():
