@@ -198,15 +198,15 @@ class _Job:
         allocate(bytes_table(self.space), limits)
         self.console.stage("predict sensitivities")
         prediction = self._predict(draws)
-        kl = [
-            [
-                prediction.kl(dict.fromkeys(choice.layers, option.scheme))
-                for option in choice.options
-            ]
+        options = [
+            [dict.fromkeys(choice.layers, option.scheme) for option in choice.options]
             for choice in self.space.choices
         ]
-        fixed = sum(prediction.kl({name: s}) for name, s in self.space.fixed.items())
-        return Problem(self.space, kl, fixed, times, tuple(limits))
+        kl = [[prediction.kl(option) for option in row] for row in options]
+        slopes = [[prediction.slope(option) for option in row] for row in options]
+        fixed_kl = sum(prediction.kl({name: s}) for name, s in self.space.fixed.items())
+        fixed_slope = prediction.slope(self.space.fixed)
+        return Problem(self.space, kl, slopes, fixed_kl, fixed_slope, times, tuple(limits))
 
     def _predict(self, draws: int) -> Prediction:
         asked: dict[str, list[Scheme]] = {name: [s] for name, s in self.space.fixed.items()}
@@ -298,8 +298,8 @@ class _Job:
     ) -> tuple[list[int], list[Measured]]:
         """The smallest that keeps a bound on perplexity, and all that was measured, it first."""
 
-        def attempt(kl: float) -> tuple[list[int], Measured]:
-            chosen = problem.least_bytes(kl)
+        def attempt(change: float) -> tuple[list[int], Measured]:
+            chosen = problem.least_bytes(change)
             name = f"searched, {problem.point(chosen).bytes / 1e6:.1f} MB"
             return chosen, self._measure(problem, prover, Candidate(name, chosen))
 
