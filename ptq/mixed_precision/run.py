@@ -61,7 +61,7 @@ def search(
     ends: Sequence[str | Scheme] | None = None,
     fuse: bool = True,
     rows: int = 1,
-    draws: int = 2,
+    draws: int = 4,
     trials: int = 5,
     verify: bool = True,
     against: Sequence[str] = (),
@@ -76,7 +76,8 @@ def search(
     are carried out, with the recipe, until one is within a tenth of it.
 
     With other budgets, some are carried out and the one whose perplexity is nearest to the float
-    model's is taken: the best by prediction, uniform schemes within the budget, and what
+    model's is taken: the best by prediction, the best where the change of the text's loss counts
+    as much as the divergence, uniform schemes within the budget, and what
     :mod:`ptq.mixed_precision.candidates` says. So no uniform scheme that was tried is better than
     what is found.
 
