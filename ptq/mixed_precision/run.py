@@ -77,7 +77,8 @@ def search(
 
     With other budgets, some are carried out and the one whose perplexity is nearest to the float
     model's is taken: the best by prediction, the best where the change of the text's loss counts
-    as much as the divergence, uniform schemes within the budget, and what
+    as much as the divergence (of recipes that round as the prediction does), uniform schemes within
+    the budget, and what
     :mod:`ptq.mixed_precision.candidates` says. So no uniform scheme that was tried is better than
     what is found.
 
@@ -204,9 +205,11 @@ class _Job:
             for choice in self.space.choices
         ]
         kl = [[prediction.kl(option) for option in row] for row in options]
-        slopes = [[prediction.slope(option) for option in row] for row in options]
+        # Errors of other codes than the recipe's are as large, but point elsewhere.
+        known = float(self.recipe.plain)
+        slopes = [[known * prediction.slope(option) for option in row] for row in options]
         fixed_kl = sum(prediction.kl({name: s}) for name, s in self.space.fixed.items())
-        fixed_slope = prediction.slope(self.space.fixed)
+        fixed_slope = known * prediction.slope(self.space.fixed)
         return Problem(self.space, kl, slopes, fixed_kl, fixed_slope, times, tuple(limits))
 
     def _predict(self, draws: int) -> Prediction:

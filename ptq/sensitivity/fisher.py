@@ -112,7 +112,10 @@ def predicted_divergence(
     side.
 
     Codes are those of ``quantize``; a recipe that corrects errors does better than they do, by
-    about the same factor in every layer.
+    about the same factor in every layer. Its slopes are others.
+
+    Held at a time, beside the model and its packed codes: of one batch, what a backward pass needs,
+    and of each module ``1 + draws`` gradients of its output.
 
     Args:
         model: a causal language model, float; left as it was. Linear layers and embeddings.
