@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """How well the cheap prediction of sensitivities ranks layers: against the exact divergence.
 
-The exact one quantizes each layer alone, in place, on --exact-windows of the text; the prediction
-takes one pass of gradients over --windows. Prints Spearman's correlation for each scheme.
+The exact one quantizes each layer alone, in place, on each of --exact-windows of the text; the
+prediction takes one pass of gradients over --windows. Prints Spearman's correlation for each
+scheme, and that of the exact windows with each other, which is what one window can say at all.
 """
 
 import argparse
@@ -21,7 +22,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--schemes", nargs="+", default=["w4a16-g64-asym", "w3a16-g64-asym", "w8a8"]
     )
-    parser.add_argument("--windows", type=positive, default=16, help="predicted on (default: 16)")
+    parser.add_argument("--windows", type=positive, default=8, help="predicted on (default: 8)")
     parser.add_argument("--exact-windows", type=positive, default=2, help="default: 2")
     parser.add_argument("--context", type=positive, default=512, help="tokens a window")
     parser.add_argument(
@@ -33,6 +34,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def bench(options: argparse.Namespace, console: Console) -> None:
     from dataclasses import replace
+    from itertools import combinations
+    from statistics import mean
 
     from scipy.stats import spearmanr
 
@@ -56,22 +59,27 @@ def bench(options: argparse.Namespace, console: Console) -> None:
     console.stage("predict")
     predicted = predicted_divergence(model, seen, candidates, progress=console.bar("sequence"))
     console.stage("exact")
-    few = replace(seen, sequences=seen.sequences[: options.exact_windows])
-    exact = exact_divergence(
-        model, few, candidates, quantize=clipped, progress=console.bar("layer")
-    )
+    windows = [
+        exact_divergence(
+            model, replace(seen, sequences=(sequence,)), candidates, parts=["both"],
+            quantize=clipped, progress=console.bar("layer"),
+        )
+        for sequence in seen.sequences[: options.exact_windows]
+    ]  # fmt: skip
     rows = [
-        {"layer": e.layer, "scheme": str(e.scheme), "exact": e.kl,
-         "predicted": predicted.kl({e.layer: e.scheme})}
-        for e in exact
-        if e.part == ("weights" if e.scheme.activations is None else "both")
+        {"layer": one[0].layer, "scheme": str(one[0].scheme), "exact": mean(e.kl for e in one),
+         "windows": [e.kl for e in one], "predicted": predicted.kl({one[0].layer: one[0].scheme})}
+        for one in zip(*windows, strict=True)
     ]  # fmt: skip
     for name in map(str, schemes):
-        pairs = [(row["exact"], row["predicted"]) for row in rows if row["scheme"] == name]
-        found = spearmanr(*zip(*pairs, strict=True)).statistic
+        mine = [row for row in rows if row["scheme"] == name]
+        found = spearmanr(*([row[key] for row in mine] for key in ("exact", "predicted"))).statistic
+        each = list(zip(*(row["windows"] for row in mine), strict=True))
+        among = [spearmanr(a, b).statistic for a, b in combinations(each, 2)]
+        themselves = f"; those with each other {mean(among):.3f}" if among else ""
         console.say(
-            f"{name}: Spearman {found:.3f} over {len(pairs)} layers; predicted on "
-            f"{len(seen.sequences)} windows, exact on {len(few.sequences)}"
+            f"{name}: Spearman {found:.3f} over {len(mine)} layers; predicted on "
+            f"{len(seen.sequences)} windows, exact on {len(windows)}{themselves}"
         )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -48,7 +48,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--rows", type=positive, default=1, help="tokens in a call, for time (default: 1)"
     )
     parser.add_argument(
-        "--draws", type=positive, default=2, help="backward passes for each sequence (default: 2)"
+        "--draws", type=positive, default=4, help="backward passes for each sequence (default: 4)"
     )
     parser.add_argument(
         "--trials",

@@ -39,7 +39,11 @@ def candidates(problem: Problem, always: Iterable[Scheme], most: int) -> list[Ca
     always = set(always)
     even = uniform(problem)
     best = min(even, key=lambda c: problem.point(c.chosen).kl, default=None)
-    searched = [Candidate("searched", problem.least_kl()), *_coarser(problem)]
+    searched = [
+        Candidate("searched", problem.least_kl()),
+        Candidate("searched for the text's loss", problem.least_change()),
+        *_coarser(problem),
+    ]
     found = [*(c for c in even if c is best or c.scheme in always), *searched[:most]]
     kept: dict[tuple[int, ...], Candidate] = {}
     for candidate in found:

@@ -61,7 +61,7 @@ def search(
     ends: Sequence[str | Scheme] | None = None,
     fuse: bool = True,
     rows: int = 1,
-    draws: int = 2,
+    draws: int = 4,
     trials: int = 5,
     verify: bool = True,
     against: Sequence[str] = (),
@@ -76,7 +76,9 @@ def search(
     are carried out, with the recipe, until one is within a tenth of it.
 
     With other budgets, some are carried out and the one whose perplexity is nearest to the float
-    model's is taken: the best by prediction, uniform schemes within the budget, and what
+    model's is taken: the best by prediction, the best where the change of the text's loss counts
+    as much as the divergence (of recipes that round as the prediction does), uniform schemes within
+    the budget, and what
     :mod:`ptq.mixed_precision.candidates` says. So no uniform scheme that was tried is better than
     what is found.
 
@@ -198,15 +200,17 @@ class _Job:
         allocate(bytes_table(self.space), limits)
         self.console.stage("predict sensitivities")
         prediction = self._predict(draws)
-        kl = [
-            [
-                prediction.kl(dict.fromkeys(choice.layers, option.scheme))
-                for option in choice.options
-            ]
+        options = [
+            [dict.fromkeys(choice.layers, option.scheme) for option in choice.options]
             for choice in self.space.choices
         ]
-        fixed = sum(prediction.kl({name: s}) for name, s in self.space.fixed.items())
-        return Problem(self.space, kl, fixed, times, tuple(limits))
+        kl = [[prediction.kl(option) for option in row] for row in options]
+        # Errors of other codes than the recipe's are as large, but point elsewhere.
+        known = float(self.recipe.plain)
+        slopes = [[known * prediction.slope(option) for option in row] for row in options]
+        fixed_kl = sum(prediction.kl({name: s}) for name, s in self.space.fixed.items())
+        fixed_slope = known * prediction.slope(self.space.fixed)
+        return Problem(self.space, kl, slopes, fixed_kl, fixed_slope, times, tuple(limits))
 
     def _predict(self, draws: int) -> Prediction:
         asked: dict[str, list[Scheme]] = {name: [s] for name, s in self.space.fixed.items()}
@@ -298,8 +302,8 @@ class _Job:
     ) -> tuple[list[int], list[Measured]]:
         """The smallest that keeps a bound on perplexity, and all that was measured, it first."""
 
-        def attempt(kl: float) -> tuple[list[int], Measured]:
-            chosen = problem.least_bytes(kl)
+        def attempt(change: float) -> tuple[list[int], Measured]:
+            chosen = problem.least_bytes(change)
             name = f"searched, {problem.point(chosen).bytes / 1e6:.1f} MB"
             return chosen, self._measure(problem, prover, Candidate(name, chosen))
 

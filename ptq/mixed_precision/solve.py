@@ -47,7 +47,7 @@ def allocate(cost: Table, limits: Sequence[Limit]) -> list[int]:
     the proved optimum, within 1e-5 of it.
 
     Args:
-        cost: of each option of each group, none of them negative.
+        cost: of each option of each group.
 
     Returns:
         The number of the chosen option, for each group.
@@ -96,11 +96,12 @@ def solve(cost: Table, limits: Sequence[Limit]) -> list[int] | None:
     constraints = [optimize.LinearConstraint(one_each, 1, 1)]
     for limit in limits:
         row = _flat(limit.figures)
-        scale = max(1e-300, row.max())  # as the solver's tolerances are absolute
+        scale = max(1e-300, abs(row).max())  # as the solver's tolerances are absolute
         constraints.append(
             optimize.LinearConstraint(row[None] / scale, -np.inf, limit.bound / scale)
         )
-    objective = _flat(cost)
+    # The gap is of the optimum: what every allocation pays is not part of it.
+    objective = _flat([[value - min(row) for value in row] for row in cost])
     objective = objective / max(1e-300, objective.max()) * 1e3
     with _silent():
         found = optimize.milp(

@@ -85,7 +85,7 @@ def exact_divergence(
         for name in progress(asked):
             weight = _linear(model, name).weight.detach()
             for scheme in asked[name]:
-                quantized = _quantized(name, weight, scheme, statistics or {}, quantize)
+                quantized = codes_of(name, weight, scheme, (statistics or {}).get(name), quantize)
                 for part in _parts(scheme, parts):
                     change = change_of(quantized, scheme, weight, part)
                     distance = in_place.distance({name: change})
@@ -125,24 +125,37 @@ def _check(
         except ConfigError as error:
             raise ConfigError(f"layer {name}: {error}") from None
         if _is_static(scheme) and name not in statistics:
-            raise CalibrationError(
-                f"layer {name}: scheme {scheme} has static activations, whose range is not given: "
-                "pass statistics=ptq.calibrate.collect(...)"
-            )
+            raise _no_range(name, scheme)
+
+
+def _no_range(name: str, scheme: Scheme) -> CalibrationError:
+    return CalibrationError(
+        f"layer {name}: scheme {scheme} has static activations, whose range is not given: "
+        "pass statistics=ptq.calibrate.collect(...)"
+    )
 
 
 def _is_static(scheme: Scheme) -> bool:
     return scheme.activations is not None and scheme.activations.mode == "static"
 
 
-def _quantized(
+def codes_of(
     name: str,
     weight: Tensor,
     scheme: Scheme,
-    statistics: Mapping[str, LayerStatistics],
+    seen: LayerStatistics | None,
     quantize: Quantize,
 ) -> QuantizedWeight:
-    """Codes of the weight [N, K], rotated where the scheme rotates, and the static input scale."""
+    """Codes of the weight [N, K], rotated where the scheme rotates, and the static input scale.
+
+    Args:
+        name: of the layer, for the errors.
+        seen: what static activations range over.
+
+    Raises:
+        PTQError: as ``quantize`` does.
+        CalibrationError: a static scheme without ``seen``.
+    """
     space = InputSpace.of(scheme, weight.shape[1])
     try:
         made = quantize(weight if space.plain else space.weight(weight), scheme.weights)
@@ -151,5 +164,6 @@ def _quantized(
     if not _is_static(scheme):
         return made
     assert scheme.activations is not None
-    seen = statistics[name]
+    if seen is None:
+        raise _no_range(name, scheme)
     return with_static_input(made, scheme.activations, seen.low, seen.high)

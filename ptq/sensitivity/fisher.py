@@ -1,55 +1,64 @@
 """A cheap prediction of each layer's sensitivity, for all layers and schemes in one pass.
 
-To second order, what a change of weights does to the predictions is a quadratic form in the Fisher
-information. With labels drawn from the model's own predictions, and g the gradient of their
-log-likelihood, ``KL = 1/2 E[(sum over tokens of g . dy)^2]``, where ``dy = x dW^T`` is the change
-of a layer's output (Martens 2020, New Insights and Perspectives on the Natural Gradient Method,
-section 5; Theis et al. 2018 used it for pruning). One run forwards and backwards gives a sample of
-every layer's product at once.
+To second order, what a change of an output does to the predictions is a quadratic form in the
+Fisher information. With labels drawn from the model's own predictions, and g the gradient of their
+log-likelihood, ``KL = 1/2 E[(sum over tokens of g . dy)^2]`` (Martens 2020, New Insights and
+Perspectives on the Natural Gradient Method, section 5; Theis et al. 2018 used it for pruning). One
+run forwards and few backwards give samples of every layer's product at once. The change dy is that
+of the module that the layer is part of, as it really is (:mod:`ptq.sensitivity.places`).
+
+With the text's own next tokens for labels, the mean of the products is the first order of what a
+change does to the text's loss. The model is at no minimum of that on most texts, so it is no less
+than the second order, and it adds up over layers.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ptq.algorithms import round_to_nearest, rtn, with_static_input
+from ptq.algorithms import round_to_nearest, rtn
 from ptq.algorithms.rtn import RtnOptions
 from ptq.calibrate import LayerStatistics, TokenSet, batches, batches_of, call
 from ptq.calibrate.inputs import padding_mask
 from ptq.config import Scheme, WeightScheme
 from ptq.core import QuantizedWeight
-from ptq.errors import CalibrationError, ConfigError, ModelError, PTQError
+from ptq.errors import CalibrationError, ConfigError
 from ptq.model import eval_mode, require_causal, unfolded
-from ptq.sensitivity.change import round_trip
+from ptq.sensitivity.change import Change, change_of
+from ptq.sensitivity.exact import codes_of
+from ptq.sensitivity.places import Place, places_of, recorded
 
 Quantize = Callable[[Tensor, WeightScheme], QuantizedWeight]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
-_CHUNK = 64  # neighbouring tokens whose products are summed before they are squared
-_ELEMENTS = 1 << 22  # of the chunks' weight gradients that exist at a time
+_WINDOW = 64  # neighbouring tokens whose products are summed before they are squared
+_STEP = 16  # tokens from one such window to the next
 _ROWS = 64  # rows of float32 probabilities that exist at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """Products of the gradient with the change that a scheme makes of a layer's output.
+    """Products of the gradient with the change that a scheme makes of an output.
 
     Args:
         tokens: predictions that were looked at.
-        products: by layer and scheme, float64 [samples]: one for each chunk of neighbouring tokens
+        products: by layer and scheme, float64 [samples]: one for each window of neighbouring tokens
             of each sequence and draw.
+        slopes: by layer and scheme, the change of the text's own loss to first order, mean over
+            its tokens, nats; below zero where the change helps.
         draws: of signs, for each sequence.
         origin: a hash of the layers' weights and of the text.
     """
 
     tokens: int
     products: dict[tuple[str, Scheme], Tensor]
+    slopes: dict[tuple[str, Scheme], float]
     draws: int
     origin: str = ""
 
@@ -67,6 +76,10 @@ class Prediction:
         total = torch.stack(chosen).sum(0)
         return total.square().sum().item() / (2 * self.tokens * self.draws)
 
+    def slope(self, changes: Mapping[str, Scheme | None]) -> float:
+        """Predicted change of the text's loss to first order, of these layers together, nats."""
+        return sum(self.slopes[name, s] for name, s in changes.items() if s is not None)
+
 
 def clipped(weight: Tensor, scheme: WeightScheme) -> QuantizedWeight:
     """Round to nearest within searched ranges: what stands in for slower algorithms."""
@@ -80,21 +93,29 @@ def predicted_divergence(
     *,
     quantize: Quantize = clipped,
     statistics: Mapping[str, LayerStatistics] | None = None,
-    draws: int = 1,
+    draws: int = 4,
     seed: int = 0,
     progress: Progress = iter,
 ) -> Prediction:
     """Predict the divergence from the float model's predictions for each layer and scheme.
 
-    Costs a forward and a backward pass for each sequence and draw, whatever the number of layers
-    and candidates. Instead of labels, random signs are drawn: ``v = sqrt(p) * e - p (sqrt(p) . e)``
-    has the covariance ``diag(p) - p p^T`` of ``onehot(label) - p`` without its rare large values.
-    Products are summed over 64 neighbouring tokens before they are squared. In expectation the
-    whole sequence's sum is exact to second order, but it is one sample a sequence; the chunks
-    leave out what distant tokens have in common, and are many.
+    Costs, for each sequence, a forward pass, a backward pass for each draw and one more, and for
+    each layer and scheme a run of the module that the layer is part of (an attention, an MLP):
+    about three forward passes a scheme, whatever the number of blocks. Instead of labels, random
+    signs are drawn: ``v = sqrt(p) * e - p (sqrt(p) . e)`` has the covariance ``diag(p) - p p^T`` of
+    ``onehot(label) - p`` without its rare large values.
+
+    The sum over a whole sequence is exact to second order behind the module, in expectation, but
+    it is one sample a sequence. So products are summed over windows of 64 neighbouring tokens that
+    begin 16 apart, which makes Bartlett's estimate of the variance of the sum (Newey and West
+    1987): it leaves out what distant tokens have in common, and varies less than windows side by
+    side.
 
     Codes are those of ``quantize``; a recipe that corrects errors does better than they do, by
-    about the same factor in every layer.
+    about the same factor in every layer. Its slopes are others.
+
+    Held at a time, beside the model and its packed codes: of one batch, what a backward pass needs,
+    and of each module ``1 + draws`` gradients of its output.
 
     Args:
         model: a causal language model, float; left as it was. Linear layers and embeddings.
@@ -107,7 +128,7 @@ def predicted_divergence(
         ConfigError: no such layer, or a scheme does not fit it.
         CalibrationError: no data, or a static scheme has no statistics.
         ModelError: a gradient is not finite.
-        UnsupportedError: the model has no next-token logits.
+        UnsupportedError: the model has no next-token logits, or a module returns no tensor.
     """
     require_causal(model)
     asked = {name: tuple(schemes) for name, schemes in candidates.items()}
@@ -117,94 +138,65 @@ def predicted_divergence(
     with unfolded(model, asked), eval_mode(model), _without_gradients(model):
         seen = statistics or {}
         watches = {n: _watch(model, n, asked[n], quantize, seen.get(n)) for n in asked}
-        tokens = 0
+        places = places_of(model, asked)
+        tokens = labels = 0
         for index, batch in enumerate(progress(list(given))):
-            tokens += _sample(model, batch, index, list(watches.values()), draws, generator)
+            mask = _sample(model, batch, index, places, draws, generator)
+            for place in places:
+                for name, products in place.products(lambda name: watches[name].changes()):
+                    watches[name].see(products, draws)
+                place.calls.clear()
+            tokens += int(mask.sum())
+            labels += int(_labelled(mask).sum())
     if tokens == 0:
         raise CalibrationError("the prediction of sensitivities got no tokens; give text")
-    return Prediction(tokens, _products(watches), draws)
+    slopes = {
+        (name, scheme): slope / max(1, labels)
+        for name, watch in watches.items()
+        for scheme, slope in watch.slopes.items()
+    }
+    return Prediction(tokens, _products(watches), slopes, draws)
 
 
 @dataclass(eq=False)
 class _Watch:
-    """One layer, and what each candidate changes.
+    """One layer, and what each candidate makes of it.
 
     Args:
-        errors: by scheme, the weight's change, in bfloat16 (two bytes a weight and candidate).
-        inputs: by scheme with static activations, scale and zero point of the input.
-        sums: of the current run, by scheme: products by chunk; a layer may run several times.
+        codes: by scheme, with the input's static scale if that has one.
+        found: by scheme, products by window of tokens, of each run and draw.
+        slopes: by scheme, the first order of the text's loss, summed over tokens.
     """
 
-    name: str
     layer: nn.Linear | nn.Embedding
-    errors: dict[Scheme, Tensor]
-    inputs: dict[Scheme, tuple[Tensor | None, Tensor | None]]
+    codes: dict[Scheme, QuantizedWeight]
     found: dict[Scheme, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    sums: dict[Scheme, Tensor] = field(default_factory=dict)
+    slopes: dict[Scheme, float] = field(default_factory=lambda: defaultdict(float))
 
-    def see(self, x: Tensor, gradient: Tensor) -> None:
-        """Called in the backward pass with the layer's input and its output's gradient."""
-        rows = gradient.reshape(-1, gradient.shape[-1]).float()
-        if not bool(rows.isfinite().all()):
-            raise ModelError(f"layer {self.name}: the gradient of its output is not finite")
-        for scheme, products in self._by_chunk(x, rows).items():
-            earlier = self.sums.get(scheme)
-            self.sums[scheme] = products if earlier is None else _added(earlier, products)
+    def changes(self) -> Iterator[Change]:
+        """By scheme."""
+        own = self.layer.weight.detach()
+        for scheme, codes in self.codes.items():
+            yield change_of(codes, scheme, own, "both")
 
-    def _by_chunk(self, x: Tensor, gradient: Tensor) -> dict[Scheme, Tensor]:
-        if isinstance(self.layer, nn.Embedding):
-            ids = x.reshape(-1)
-            return {s: _chunks((gradient * e[ids]).sum(-1)) for s, e in self.errors.items()}
-        rows = x.reshape(-1, x.shape[-1]).float()
-        products = _weight_products(rows, gradient, list(self.errors.values()))
-        return {
-            scheme: products[:, i] + self._activations(scheme, rows, gradient)
-            for i, scheme in enumerate(self.errors)
-        }
-
-    def _activations(self, scheme: Scheme, x: Tensor, gradient: Tensor) -> Tensor | float:
-        """The same of the rounding of the layer's input."""
-        if scheme.activations is None:
-            return 0.0
-        scale, zero_point = self.inputs.get(scheme, (None, None))
-        change = round_trip(x, scheme.activations, scale, zero_point) - x
-        return _chunks(((gradient @ self.layer.weight.float()) * change).sum(-1))
-
-    def close(self) -> None:
-        """The run is over: its sums are samples."""
-        for scheme in self.errors:
-            self.found[scheme].append(self.sums.pop(scheme, torch.zeros(1).double()))
+    def see(self, products: list[Tensor], draws: int) -> None:
+        """Take a run's products by scheme, each [1 + draws, rows], of the text's labels first; none
+        of a layer that was not called."""
+        none = torch.zeros(1 + draws, 1)
+        for scheme, found in zip(self.codes, products or [none] * len(self.codes), strict=True):
+            self.slopes[scheme] -= found[0].double().sum().item()
+            self.found[scheme] += [_windows(drawn) for drawn in found[1:]]
 
 
-def _chunks(products: Tensor) -> Tensor:
-    """Sums of the products [rows] over each chunk, float64."""
-    return torch.stack([part.double().sum() for part in torch.split(products, _CHUNK)])
-
-
-def _weight_products(x: Tensor, gradient: Tensor, errors: list[Tensor]) -> Tensor:
-    """Products of the weight's gradient over each chunk with each change of it, float64
-    [chunks, changes].
-
-    Args:
-        x: float32 [rows, K]; gradient: float32 [rows, N]; errors: of the weight, each [N, K].
-    """
-    padding = (0, 0, 0, -len(x) % _CHUNK)
-    parts = torch.nn.functional.pad(x, padding).reshape(-1, _CHUNK, x.shape[1])
-    sides = torch.nn.functional.pad(gradient, padding).reshape(len(parts), _CHUNK, -1)
-    total = torch.zeros(len(parts), len(errors), dtype=torch.float64, device=x.device)
-    step = max(1, _ELEMENTS // (len(parts) * x.shape[1]))  # rows of the weight at a time
-    for start in range(0, gradient.shape[1], step):
-        rows = slice(start, start + step)
-        made = torch.bmm(sides[..., rows].transpose(1, 2), parts).flatten(1)
-        changes = torch.stack([error[rows].flatten().float() for error in errors])
-        total += (made @ changes.T).double()
-    return total
-
-
-def _added(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of two vectors, the shorter one filled up with zeros."""
-    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
-    return longer + torch.nn.functional.pad(shorter, (0, len(longer) - len(shorter)))
+def _windows(products: Tensor) -> Tensor:
+    """Sums of the products [rows] over each window, those that reach over an end too, float64; so
+    divided that each product counts once when they are squared."""
+    steps = nn.functional.pad(products.double().cpu(), (0, -len(products) % _STEP))
+    steps = steps.reshape(-1, _STEP).sum(1)
+    count = _WINDOW // _STEP
+    around = nn.functional.pad(steps, (count - 1, count - 1))
+    shifted = [around[start : start + len(steps) + count - 1] for start in range(count)]
+    return torch.stack(shifted).sum(0) / math.sqrt(count)
 
 
 def _products(watches: Mapping[str, _Watch]) -> dict[tuple[str, Scheme], Tensor]:
@@ -235,24 +227,10 @@ def _watch(
         found = "there is none" if layer is None else f"it is a {type(layer).__name__}"
         raise ConfigError(f"layer {name}: expected a linear layer or embedding, {found}")
     assert isinstance(layer, nn.Linear | nn.Embedding)
+    weight = layer.weight.detach()
     if layer.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
         quantize = round_to_nearest  # embeddings are, whatever the recipe
-    errors, inputs = {}, {}
-    for scheme in schemes:
-        try:
-            made = quantize(layer.weight.detach(), scheme.weights)
-        except PTQError as error:
-            raise type(error)(f"layer {name}: {error}") from None
-        errors[scheme] = (made.dequantize() - layer.weight.detach()).to(torch.bfloat16)
-        if scheme.activations is not None and scheme.activations.mode == "static":
-            if seen is None:
-                raise CalibrationError(
-                    f"layer {name}: scheme {scheme} has static activations, whose range is not "
-                    "given: pass statistics=ptq.calibrate.collect(...)"
-                )
-            made = with_static_input(made, scheme.activations, seen.low, seen.high)
-            inputs[scheme] = made.input_scale, made.input_zero_point
-    return _Watch(name, layer, errors, inputs)
+    return _Watch(layer, {s: codes_of(name, weight, s, seen, quantize) for s in schemes})
 
 
 @contextmanager
@@ -272,51 +250,68 @@ def _sample(
     model: nn.Module,
     batch: Any,
     index: int,
-    watches: list[_Watch],
+    places: list[Place],
     draws: int,
     generator: torch.Generator,
-) -> int:
-    """Run one batch forwards once and backwards for each draw; the number of its predictions."""
-    with _hooked(model, watches), torch.enable_grad():
+) -> Tensor:
+    """Run one batch forwards once, and backwards for its labels and for each draw.
+
+    Returns:
+        bool [B, T], false where padded.
+    """
+    with _differentiable(model), recorded(places), torch.enable_grad():
         logits = call(model, batch, index).logits
-        mask = padding_mask(batch)
+        given = padding_mask(batch)
+        mask = torch.ones(logits.shape[:2], dtype=torch.bool) if given is None else given.cpu()
+        logits.backward(
+            _to_labels(logits.detach(), batch["input_ids"], mask), retain_graph=draws > 0
+        )
         for draw in range(draws):
-            signs = _signs(logits.detach(), mask, generator)
-            logits.backward(signs, retain_graph=draw + 1 < draws)
-            for watch in watches:
-                watch.close()
-    return logits.shape[0] * logits.shape[1] if mask is None else int(mask.sum())
+            logits.backward(_signs(logits.detach(), mask, generator), retain_graph=draw + 1 < draws)
+    return mask
 
 
 @contextmanager
-def _hooked(model: nn.Module, watches: list[_Watch]) -> Iterator[None]:
-    """Within it, each watched layer's output tells its gradient."""
-
-    def watching(watch: _Watch) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-            x = arguments[0].detach()
-            output.register_hook(partial(watch.see, x))  # type: ignore[no-untyped-call]
-
-        return hook
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Within it, what the embedding gives has a gradient."""
 
     def start(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
         output.requires_grad_(True)
 
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    handles = [embedding.register_forward_hook(start)]
-    handles += [watch.layer.register_forward_hook(watching(watch)) for watch in watches]
+    handle = model.get_input_embeddings().register_forward_hook(start)  # type: ignore[operator]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
-def _signs(logits: Tensor, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+def _labelled(mask: Tensor) -> Tensor:
+    """Which tokens have a next one; bool [B, T] as the mask."""
+    following = nn.functional.pad(mask[:, 1:], (0, 1))
+    return mask & following
+
+
+def _to_labels(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """The gradient [B, T, V] of the text's log-likelihood: ``onehot(label) - softmax(logits)``.
+
+    Args:
+        ids: int [B, T]; mask: bool [B, T], false where padded.
+    """
+    made = torch.empty_like(logits)
+    labels = ids.roll(-1, 1).to(logits.device)
+    labelled = _labelled(mask).to(logits.device)
+    for row in range(len(logits)):
+        made[row] = -logits[row].float().softmax(-1)
+        made[row].scatter_add_(1, labels[row, :, None], torch.ones_like(made[row, :, :1]))
+    made[~labelled] = 0
+    return made
+
+
+def _signs(logits: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     """Random vectors [B, T, V] with the covariance of ``onehot(label) - softmax(logits)``.
 
     Args:
-        mask: bool [B, T], false where padded, or None.
+        mask: bool [B, T], false where padded.
     """
     flat = logits.reshape(-1, logits.shape[-1])
     made = torch.empty_like(flat)
@@ -326,6 +321,5 @@ def _signs(logits: Tensor, mask: Tensor | None, generator: torch.Generator) -> T
         signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8)
         drawn = p.sqrt() * (2 * signs - 1).to(p.device)
         made[rows] = drawn - p * drawn.sum(-1, keepdim=True)
-    if mask is not None:
-        made[~mask.reshape(-1).to(made.device)] = 0
+    made[~mask.reshape(-1).to(made.device)] = 0
     return made.reshape(logits.shape)

@@ -18,7 +18,7 @@ from ptq.errors import CalibrationError
 from ptq.model import read_layers
 from ptq.sensitivity.fisher import Prediction
 
-_FORMAT = "ptq-sensitivity-1"
+_FORMAT = "ptq-sensitivity-2"
 
 
 def origin_of(model: nn.Module, tokens: TokenSet, how: str = "") -> str:
@@ -49,7 +49,10 @@ def save_prediction(prediction: Prediction, path: str | os.PathLike[str]) -> Non
         "origin": prediction.origin,
     }
     products = torch.stack(list(prediction.products.values()))
-    save_file({"products": products}, temporary, metadata)
+    slopes = torch.tensor(
+        [prediction.slopes[key] for key in prediction.products], dtype=torch.float64
+    )
+    save_file({"products": products, "slopes": slopes}, temporary, metadata)
     os.replace(temporary, target)
 
 
@@ -64,7 +67,7 @@ def load_prediction(path: str | os.PathLike[str]) -> Prediction:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-            products = file.get_tensor("products")
+            products, slopes = file.get_tensor("products"), file.get_tensor("slopes")
         index = [
             (layer, Scheme.model_validate(scheme))
             for layer, scheme in json.loads(metadata["index"])
@@ -72,6 +75,7 @@ def load_prediction(path: str | os.PathLike[str]) -> Prediction:
         return Prediction(
             int(metadata["tokens"]),
             dict(zip(index, products, strict=True)),
+            dict(zip(index, slopes.tolist(), strict=True)),
             int(metadata["draws"]),
             metadata["origin"],
         )

@@ -263,6 +263,23 @@ def test_a_uniform_scheme_is_always_tried(loaded, monkeypatch, budget: str, even
         assert asked == [f"uniform {even}", "searched"]
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_texts_loss_counts_where_the_codes_are_known(loaded, monkeypatch, plain: bool) -> None:
+    """Slopes that turn the order of schemes around, but for a recipe whose codes are others."""
+    monkeypatch.setattr("ptq.sensitivity.fisher.Prediction.slope", fewer_bits_help)
+    model, tokenizer, config = loaded
+    steps = [Plugin(name="rtn" if plain else "gptq")]
+    config = config.model_copy(update={"recipe": steps})
+    _, asked = searched((model, tokenizer, config), monkeypatch, "6 bits", lambda _: 1.1)
+    assert ("searched for the text's loss" in asked) == plain
+
+
+def fewer_bits_help(_, changes) -> float:
+    """A slope that only 3 bits have, as large as makes up for their divergence."""
+    bits = [s.weights.number_format.bits for s in changes.values() if s is not None]
+    return -0.01 * sum(b == 3 for b in bits)
+
+
 def test_the_scheme_that_a_budget_names_is_tried(loaded, monkeypatch) -> None:
     """A worse one than another that fits as well; by default it is a candidate."""
     budget = "as small as w4a16-g16"

@@ -73,3 +73,15 @@ def test_the_solver_prints_nothing(monkeypatch, capfd) -> None:
     assert allocate([[2.0, 1.0]], []) == [1]
     os.write(1, b"after it")
     assert capfd.readouterr().out == "after it"
+
+
+def test_what_every_option_of_a_row_costs_does_not_hide_the_rest() -> None:
+    """The optimum's gap is of what can be chosen: a million more or less a row changes nothing."""
+    cost = [[0.3, 0.2, 0.1], [0.9, 0.35, 0.05], [0.4, 0.3, 0.25]]
+    size = [[1.0, 2.0, 3.0]] * 3
+    limits = [Limit("size", size, 6.0, MB)]
+    found = allocate(cost, limits)
+    assert total(cost, found) == pytest.approx(0.3 + 0.05 + 0.3)
+    for shift in (-1e6, 1e6):
+        moved = [[value + shift for value in row] for row in cost]
+        assert allocate(moved, limits) == found
