@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ptq.errors import ModelError, UnsupportedError
 from ptq.model import block_lists
 from ptq.sensitivity.change import Change, changed
+from ptq.transforms.calls import mapped
 
 
 @dataclass(eq=False)
@@ -92,7 +93,7 @@ class _Base:
     @classmethod
     def of(cls, module: nn.Module, layers: Iterable[str], call: _Call) -> "_Base":
         call = _Call(
-            _each(call.arguments, _as_float32), _each(call.keywords, _as_float32), call.gradients
+            mapped(call.arguments, _as_float32), mapped(call.keywords, _as_float32), call.gradients
         )
         seen: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
 
@@ -155,7 +156,7 @@ def recorded(places: Iterable[Place]) -> Iterator[None]:
 
 def _recording(place: Place) -> Callable[..., None]:
     def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], made: Any) -> None:
-        call = _Call(_each(arguments, Tensor.detach), _each(keywords, Tensor.detach))
+        call = _Call(mapped(arguments, Tensor.detach), mapped(keywords, Tensor.detach))
         place.calls.append(call)
 
         def keep(gradient: Tensor) -> None:
@@ -183,17 +184,6 @@ def first_tensor(output: Any) -> Tensor:
             f"what they compute; one returned a {type(found).__name__}"
         )
     return found
-
-
-def _each(given: Any, make: Callable[[Tensor], Tensor]) -> Any:
-    """The same of every tensor in tuples, lists and plain mappings."""
-    if isinstance(given, Tensor):
-        return make(given)
-    if type(given) in (tuple, list):
-        return type(given)(_each(item, make) for item in given)
-    if type(given) is dict:
-        return {key: _each(item, make) for key, item in given.items()}
-    return given
 
 
 def _as_float32(tensor: Tensor) -> Tensor:
