@@ -13,7 +13,7 @@ from torch import nn
 
 from ptq.errors import UnsupportedError
 from ptq.formats import INTEGERS
-from ptq.model import Experts
+from ptq.model import Experts, output_head
 from ptq.modules import QuantLinear
 
 GROUP_SIZES = (32, 64, 128)
@@ -50,7 +50,7 @@ def check_vllm(model: nn.Module, layers: Mapping[str, QuantLinear], loads: Loads
     Raises:
         UnsupportedError: it does not; the layer is named.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_head(model)
     _check_experts(model, loads)
     for name, layer in layers.items():
         if layer is head:

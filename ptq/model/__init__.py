@@ -9,7 +9,9 @@ from ptq.model.layers import (
     cast_parameters,
     check_finite,
     eval_mode,
+    output_head,
     read_layers,
+    token_embedding,
 )
 from ptq.model.limits import check_tokens, max_positions, require_causal, require_token_ids
 from ptq.model.load import load_float
@@ -53,6 +55,7 @@ __all__ = [
     "max_positions",
     "named_class",
     "names_in_model",
+    "output_head",
     "read_layers",
     "replace_module",
     "replace_modules",
@@ -64,6 +67,7 @@ __all__ = [
     "stands_for",
     "stream_model",
     "take_place",
+    "token_embedding",
     "unfold",
     "unfolded",
     "untie_head",

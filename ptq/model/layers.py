@@ -69,7 +69,7 @@ def read_layers(model: nn.Module) -> list[LayerInfo]:
 
     In place of what can be unfolded (:mod:`ptq.model.unfold`), the linear layers that it becomes.
     """
-    head, embedding = _end(model, "get_output_embeddings"), _end(model, "get_input_embeddings")
+    head, embedding = output_head(model), token_embedding(model)
     owners: dict[int, str] = {}
     infos = []
     for name, module, kind in _unfolded_modules(model):
@@ -165,8 +165,17 @@ def _is_embedding(module: nn.Module, embedding: nn.Module | None) -> bool:
     )
 
 
+def token_embedding(model: nn.Module) -> nn.Module | None:
+    """Of a model that says which that is."""
+    return _end(model, "get_input_embeddings")
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Of a model that says which that is."""
+    return _end(model, "get_output_embeddings")
+
+
 def _end(model: nn.Module, name: str) -> nn.Module | None:
-    """The token embedding or the output head, where the model says which that is."""
     getter = getattr(model, name, None)
     try:
         module = getter() if callable(getter) else None

@@ -3,14 +3,13 @@
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 from ptq.config import ActivationScheme, QuantizationConfig, Scheme
-from ptq.model import block_lists
+from ptq.model import block_lists, output_head
 from ptq.planning import Plan
 from ptq.recipe import Recipe
 
@@ -203,12 +202,7 @@ def facts_of(
 
 def _head(model: nn.Module) -> torch.Tensor | None:
     """Weight [V, H] of the output head of a model that says which that is."""
-    getter: Any = getattr(model, "get_output_embeddings", None)
-    try:
-        head = getter() if callable(getter) else None
-    except NotImplementedError:  # transformers' models of images and sound
-        return None
-    weight = getattr(head, "weight", None)
+    weight = getattr(output_head(model), "weight", None)
     return weight if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
 
 

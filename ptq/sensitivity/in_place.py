@@ -20,7 +20,7 @@ from ptq.calibrate import (
 )
 from ptq.calibrate.inputs import batches_of, padding_mask
 from ptq.errors import CalibrationError, ModelError
-from ptq.model import block_lists, check_tokens, eval_mode
+from ptq.model import block_lists, check_tokens, eval_mode, output_head
 from ptq.sensitivity.change import Change, changed
 from ptq.sensitivity.distance import Distances, measure_of
 
@@ -122,7 +122,7 @@ class InPlace:
         if self.chain is None:
             return None
         first = len(self.chain.names)
-        head = _head(self.model)
+        head = output_head(self.model)
         for name in changes:
             place = self.block_of(name)
             if place is None and self.model.get_submodule(name) is not head:
@@ -158,9 +158,3 @@ class InPlace:
         tensors are shared. Only of a chain."""
         assert self.chain is not None
         return replace(self.chain, hidden=list(self._kept[position]))
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    found = getter() if callable(getter) else None
-    return found if isinstance(found, nn.Module) else None

@@ -6,7 +6,7 @@ import resource
 import signal
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +125,18 @@ def killed(
     return status != 0
 
 
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """A forked process has none of torch's others, and would wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("old", [True, False], ids=["replace", "fresh"])
 def test_a_kill_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
-    torch.set_num_threads(1)
     seen = set()
     for number in range(STEPS):
         parent = tmp_path / str(number)

@@ -11,7 +11,7 @@ from ptq.checkpoint.packed_int32.settings import BITS, LayoutName
 from ptq.checkpoint.vllm import Loads
 from ptq.errors import UnsupportedError
 from ptq.formats import INTEGERS
-from ptq.model import Experts, FileNames
+from ptq.model import Experts, FileNames, output_head
 from ptq.modules import QuantEmbedding, QuantLinear
 
 VLLM = {
@@ -130,7 +130,7 @@ def check_model(
     Raises:
         UnsupportedError: it does not; the layer is named.
     """
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = output_head(model)
     for name, layer in layers.items():
         if layer is head:
             raise _refusal(

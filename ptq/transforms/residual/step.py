@@ -19,7 +19,7 @@ from torch import nn
 
 from ptq.calibrate import BlockStream, NotAChain, capture
 from ptq.errors import UnsupportedError
-from ptq.model import block_lists
+from ptq.model import block_lists, output_head, token_embedding
 from ptq.transforms.residual.ends import find_ends
 from ptq.transforms.residual.ports import Ports, find_ports
 from ptq.transforms.residual.turn import Turn
@@ -67,7 +67,7 @@ def require_stream(model: nn.Module) -> tuple[list[str], nn.Embedding, nn.Linear
             of one width.
     """
     lists = block_lists(model)
-    embedding, head = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
+    embedding, head = token_embedding(model), output_head(model)
     problem = None
     if len(lists) != 1:
         problem = f"has {len(lists)} lists of blocks, not one"
@@ -85,14 +85,6 @@ def require_stream(model: nn.Module) -> tuple[list[str], nn.Embedding, nn.Linear
     raise UnsupportedError(
         f"residual_rotation: {type(model).__name__} {problem}; leave the step out"
     )
-
-
-def _end(model: nn.Module, name: str) -> Any:
-    getter = getattr(model, name, None)
-    try:
-        return getter() if callable(getter) else None
-    except NotImplementedError:  # transformers' models of images and sound
-        return None
 
 
 @torch.no_grad()
