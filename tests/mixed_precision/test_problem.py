@@ -49,6 +49,17 @@ def test_the_loss_counts_as_much_as_the_divergence(seed: int) -> None:
     assert problem.sum(problem.limits[0].figures, problem.least_change()) <= 22
 
 
+def test_the_divergence_counts_beside_the_loss_that_it_is_part_of() -> None:
+    """Of four options the third one leaves the loss where it is. Weighing the slopes alone beside
+    the divergence would pass it over for the fourth, whose loss falls too far, or the second."""
+    options = tuple(Option(preset(name), 1) for name in ("w3a16", "w4a16", "w5a16", "w6a16"))
+    space = Space((Choice(("a",), 1, options),), 0, {})
+    kl, slopes = [[1.0, 0.6, 2.0, 3.0]], [[0.5, 2.0, -2.0, -4.2]]
+    problem = Problem(space, kl, slopes, 0.0, 0.0, [], ())
+    assert min(range(4), key=lambda i: change(problem, [i])) == 2
+    assert problem.least_change() == [2]
+
+
 def test_what_is_fixed_has_a_loss_too() -> None:
     """Fixed layers lower the loss so much that nothing is to be gained from the others' slopes."""
     problem = made(0, 22, fixed=(0.0, -3.0))
