@@ -1,8 +1,8 @@
 """The recipe: preparations, transforms, one algorithm, refinements, a finish; their options."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ptq.algorithms import ALGORITHMS, Algorithm, NoOptions
 from ptq.config import Plugin, Scheme
@@ -11,6 +11,8 @@ from ptq.formats import FloatFormat
 from ptq.plugins import check_options, nearest
 from ptq.refine import FINISHES, REFINEMENTS, Finish, Refinement
 from ptq.transforms import PREPARATIONS, TRANSFORMS, Preparation, Transform
+
+Step = TypeVar("Step", Preparation, Transform, Refinement, Finish)
 
 _ORDER = ("preparation", "transform", "algorithm", "refinement", "finish")
 
@@ -126,24 +128,12 @@ def make_recipe(steps: Sequence[Plugin], scheme: Scheme) -> Recipe:
         )
     algorithm = ALGORITHMS[step.name]
     return Recipe(
-        tuple(
-            (PREPARATIONS[s.name], check_options("recipe step", s, PREPARATIONS[s.name].options))
-            for s in chosen["preparation"]
-        ),
-        tuple(
-            (TRANSFORMS[s.name], check_options("recipe step", s, TRANSFORMS[s.name].options))
-            for s in chosen["transform"]
-        ),
+        _checked(PREPARATIONS, chosen["preparation"]),
+        _checked(TRANSFORMS, chosen["transform"]),
         algorithm,
         check_options("recipe step", step, algorithm.options),
-        tuple(
-            (REFINEMENTS[s.name], check_options("recipe step", s, REFINEMENTS[s.name].options))
-            for s in chosen["refinement"]
-        ),
-        tuple(
-            (FINISHES[s.name], check_options("recipe step", s, FINISHES[s.name].options))
-            for s in chosen["finish"]
-        ),
+        _checked(REFINEMENTS, chosen["refinement"]),
+        _checked(FINISHES, chosen["finish"]),
         tuple(
             s.name
             for s in (
@@ -155,3 +145,9 @@ def make_recipe(steps: Sequence[Plugin], scheme: Scheme) -> Recipe:
             )
         ),
     )
+
+
+def _checked(known: Mapping[str, Step], steps: Sequence[Plugin]) -> tuple[tuple[Step, Any], ...]:
+    """Steps of one kind, each with its options."""
+    made = ((known[step.name], step) for step in steps)
+    return tuple((found, check_options("recipe step", s, found.options)) for found, s in made)

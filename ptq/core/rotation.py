@@ -63,7 +63,10 @@ class Rotation:
     def _exponent(self) -> int:
         return round(math.log2(self.order) / 2)
 
-    def _matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """L [left, left] and M [right, right], of which R repeats the Kronecker product along its
+        diagonal: of a piece of x, seen as [left, right], ``x R`` is ``L^T piece M``. On x's device,
+        float32 or float64."""
         # Not in 16 bits: such small products are up to 50 times slower on a CPU, and less exact.
         key = (x.device, torch.promote_types(x.dtype, torch.float32))
         made = self._made.get(key)
@@ -76,18 +79,12 @@ class Rotation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x R`` in the dtype of x."""
-        left, right = self._matrices(x)
+        left, right = self.factors(x)
         return self._apply(x, left.T, right)
-
-    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """L [left, left] and M [right, right], of which R repeats the Kronecker product along its
-        diagonal: of a piece of x, seen as [left, right], ``x R`` is ``L^T piece M``. On x's device,
-        float32 or float64."""
-        return self._matrices(x)
 
     def transposed(self, x: Tensor) -> Tensor:
         """``x R^T`` in the dtype of x."""
-        left, right = self._matrices(x)
+        left, right = self.factors(x)
         return self._apply(x, left, right.T)
 
     def _apply(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:

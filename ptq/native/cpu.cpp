@@ -106,7 +106,7 @@ Tensor rotate_rows(Tensor x, Tensor left, Tensor right) {
   const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
   const int64_t bytes = bfloat16 ? 2 : 4, pieces = m * k / size;
   const char* from = data<char>(x);
-  char* to = static_cast<char*>(y.mutable_data_ptr());
+  const Output out{y.mutable_data_ptr(), bfloat16, m, k, nullptr, nullptr, nullptr};
   const int64_t grain = std::max<int64_t>(1, (1 << 18) / (size * (rows + columns)));
   torch::stable::parallel_for(0, pieces, grain, [&](int64_t begin, int64_t end) {
     const Mixer mixer(data<float>(left), data<float>(right), rows, columns);
@@ -118,12 +118,7 @@ Tensor rotate_rows(Tensor x, Tensor left, Tensor right) {
       for (int64_t row = 0; row < rows; ++row) {
         for (int64_t i = 0; i < columns; i += kLanes) {
           const __m512 value = _mm512_loadu_ps(mixer.whole.data() + row * mixer.stride + i);
-          const int64_t at = piece * size + row * columns + i;
-          if (bfloat16)
-            _mm256_mask_storeu_epi16(to + 2 * at, up_to(columns - i),
-                                     reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
-          else
-            _mm512_mask_storeu_ps(to + 4 * at, up_to(columns - i), value);
+          out.store(0, piece * size + row * columns + i, up_to(columns - i), value);
         }
       }
     }

@@ -86,7 +86,7 @@ class Probe:
         modules = [source, *(self.block.get_submodule(name) for name in group.targets)]
         assert isinstance(source.weight, Tensor)
         before = self.usual
-        with torch.no_grad(), _restored(modules):
+        with torch.no_grad(), restored(modules):
             if group.kind == "norm":
                 source.weight.fill_(1 - group.offset)
                 before = self.run()
@@ -141,7 +141,7 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def _restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+def restored(modules: Sequence[nn.Module]) -> Iterator[None]:
     """The modules' own parameters, bit for bit as they were, whatever happens within."""
     parameters = [p for module in modules for p in module.parameters(recurse=False)]
     kept = [p.detach().clone() for p in parameters]

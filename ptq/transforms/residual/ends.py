@@ -1,7 +1,5 @@
 """Where a decoder's residual stream begins and ends: its embedding, its last norm, its head."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from ptq.calibrate import BlockStream, capture, outputs_after_blocks
 from ptq.errors import UnsupportedError
 from ptq.model import untie_head
-from ptq.transforms.probe import Flow, same_tensor, watched
+from ptq.transforms.probe import Flow, restored, same_tensor, watched
 from ptq.transforms.residual.turn import Turn, turn_columns
 
 _ROWS = 16  # last positions of the sequence, whose logits are compared
@@ -34,17 +32,26 @@ class Ends:
     @property
     def factor(self) -> Tensor:
         """float32 [hidden]: what the norm multiplies by."""
-        assert isinstance(self.norm.weight, Tensor)
-        return self.norm.weight.detach().float() + self.offset
+        return self._weight.detach().float() + self.offset
 
+    @property
+    def _weight(self) -> nn.Parameter:
+        weight = self.norm.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def flatten(self) -> None:
+        """Let the norm multiply by one, in place."""
+        self._weight.fill_(1 - self.offset)
+
+    @torch.no_grad()
     def fold(self, model: nn.Module, turn: Turn) -> None:
         """Let the embedding give turned states, and the head read them, in place; a head that is
         tied to the embedding gets a weight of its own."""
         untie_head(model)
         turn_columns(self.embedding.weight, turn)
         turn_columns(self.head.weight, turn, self.factor)
-        with torch.no_grad():
-            _parameter(self.norm).fill_(1 - self.offset)
+        self.flatten()
 
 
 def find_ends(
@@ -109,30 +116,14 @@ def _difference(
         ends.head.register_forward_pre_hook(back),
     ]
     try:
-        with _flat(ends):
-            after = _logits(model, _captured(model, stream.names, batch), batch)
+        with restored([ends.norm]), torch.no_grad():
+            ends.flatten()
+            turned_stream = capture(model, stream.names, [batch], run_first=False)
+            after = _logits(model, turned_stream, batch)
     finally:
         for hook in hooks:
             hook.remove()
     return float((after - before).norm() / before.norm())
-
-
-def _captured(model: nn.Module, names: Sequence[str], batch: Any) -> BlockStream:
-    return capture(model, names, [batch], run_first=False)
-
-
-@contextmanager
-def _flat(ends: Ends) -> Iterator[None]:
-    """The norm multiplies by one within it."""
-    weight = _parameter(ends.norm)
-    kept = weight.detach().clone()
-    try:
-        with torch.no_grad():
-            weight.fill_(1 - ends.offset)
-        yield
-    finally:
-        with torch.no_grad():
-            weight.copy_(kept)
 
 
 def _logits(model: nn.Module, stream: BlockStream, batch: Any) -> Tensor:
@@ -141,12 +132,6 @@ def _logits(model: nn.Module, stream: BlockStream, batch: Any) -> Tensor:
     logits = out[0] if isinstance(out, tuple) or hasattr(out, "keys") else out
     assert isinstance(logits, Tensor)
     return logits[..., -_ROWS:, :].float()
-
-
-def _parameter(norm: nn.Module) -> nn.Parameter:
-    weight = norm.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
 
 
 def _unsupported(problem: str) -> UnsupportedError:

@@ -78,11 +78,10 @@ def find_ports(name: str, block: nn.Module, call: BlockCall, hidden: Tensor, tur
 
 def _difference(twin: nn.Module, call: BlockCall, x: Tensor, ports: Ports, turn: Turn) -> float:
     """Of what the folded block gives for turned states, relative to what turning changes."""
-    usual = call.run(twin, x)
+    wanted, turned = turn(call.run(twin, x)), turn(x)
     ports.fold(twin, turn)
-    wanted = turn(usual)
-    found = call.run(twin, turn(x))
-    return float((found - wanted).norm() / (wanted - turn(x)).norm())
+    found = call.run(twin, turned)
+    return float((found - wanted).norm() / (wanted - turned).norm())
 
 
 def _writers(block: nn.Module, readers: set[str], width: int) -> list[str]:
