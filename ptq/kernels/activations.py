@@ -38,7 +38,8 @@ class Activation:
         differences above 256 to even ones.
         """
         if self.zero_point is None:
-            return self.values.to(dtype), self.scale
+            same = self.values.dtype == dtype  # asking is faster than a conversion to the same
+            return self.values if same else self.values.to(dtype), self.scale
         return (self.values - self.zero_point).to(dtype), self.scale
 
     def dequantize(self) -> Tensor:

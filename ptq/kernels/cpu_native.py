@@ -15,7 +15,7 @@ from ptq.native import native_reason
 _DTYPES = (torch.float32, torch.bfloat16)
 _COLUMNS = 64  # K is a multiple of it
 _LONGEST = 1 << 19  # columns of int8 and int4 codes, each with a zero point: at most 2^7 and 2^5
-_ROWS_OF_INT4 = 8
+_ROWS_OF_INT4 = 9
 
 
 def native_spec_reason(spec: LinearSpec) -> str | None:

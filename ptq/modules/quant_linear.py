@@ -56,7 +56,7 @@ class QuantLinear(nn.Module):
         self.releases = 0  # how often forms of the weight were forgotten
         self.tied_to: tuple[nn.Module, ...] = ()  # a tuple: the owner is no submodule
         self._prepared: dict[tuple[str, str], Any] = {}
-        self._choice: dict[tuple[str, torch.dtype, int], Kernel] = {}
+        self._choice: dict[tuple[str, torch.dtype, int], tuple[Kernel, Any]] = {}
         self.tuned: dict[tuple[str, torch.dtype], tuple[tuple[int, Kernel], ...]] = {}
 
     @classmethod
@@ -101,25 +101,39 @@ class QuantLinear(nn.Module):
 
     def run(self, x: Tensor, kernel: Kernel | None) -> Tensor:
         """The forward pass by a given kernel (None: the chosen one)."""
-        rows = x.detach().reshape(-1, self.in_features)
-        kernel = kernel or self.kernel(rows)
-        codes = None if kernel.integer else _float_codes(x.dtype)
-        activation = self._activation(x, rows, codes)
-        joint = self.joint if torch.compiler.is_compiling() else None
-        if joint is not None and joint.serves(kernel, rows):
-            y = joint.linear(activation)
+        rows = x.detach() if x.requires_grad else x
+        rows = rows if x.dim() == 2 else rows.reshape(-1, self.in_features)
+        if torch.compiler.is_compiling():
+            y = self._product_in_graph(x, rows, kernel)
         else:
-            y = kernel.linear(activation, self.prepared(kernel, rows.dtype), x.dtype)
+            y = self._product(x, rows, kernel)
         if self.bias is not None:
             y = y.add_(self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
-    def _activation(self, x: Tensor, rows: Tensor, codes: torch.dtype | None) -> Activation:
-        """x as the kernel wants it: float, or codes of a dtype (None: the format's own), which
-        siblings may have made."""
-        scheme = self.scheme.activations
-        if scheme is None and self.rotation is None and self.input_order is None:
+    def _product(self, x: Tensor, rows: Tensor, kernel: Kernel | None) -> Tensor:
+        """``rows W^T`` in the dtype of x; what is looked up by the number of rows is kept."""
+        key = rows.device.type, rows.dtype, rows.shape[0]
+        chosen = self._choice.get(key) if kernel is None else None
+        if chosen is None:
+            found = kernel or self.kernel(rows)
+            chosen = found, self.prepared(found, rows.dtype)
+            if kernel is None:
+                self._choice[key] = chosen
+        return chosen[0].linear(self._activation(x, rows, chosen[0]), chosen[1], x.dtype)
+
+    def _product_in_graph(self, x: Tensor, rows: Tensor, kernel: Kernel | None) -> Tensor:
+        kernel = kernel or self.kernel(rows)
+        activation = self._activation(x, rows, kernel)
+        if self.joint is not None and self.joint.serves(kernel, rows):
+            return self.joint.linear(activation)
+        return kernel.linear(activation, self.prepared(kernel, rows.dtype), x.dtype)
+
+    def _activation(self, x: Tensor, rows: Tensor, kernel: Kernel) -> Activation:
+        """x as the kernel wants it: float, or codes, which siblings may have made."""
+        if self.scheme.activations is None and self.rotation is None and self.input_order is None:
             return Activation(rows)
+        codes = None if kernel.integer else _float_codes(x.dtype)  # None: the format's own
         make = partial(self._new_activation, rows, codes)
         return make() if self.shared_input is None else self.shared_input.get(x, codes, make)
 
@@ -133,15 +147,12 @@ class QuantLinear(nn.Module):
         """The kernel for this many rows: the measured choice, or the rule of thumb."""
         if is_exporting():  # one graph for any number of rows, of torch's plain ops
             return Reference()
-        key = (rows.device.type, rows.dtype, rows.shape[0])
+        key = rows.device.type, rows.dtype, rows.shape[0]
         if torch.compiler.is_compiling():  # a look-up by the number would fix the number
             return select(self.spec(*key))
-        kernel = self._choice.get(key)
-        if kernel is None:
-            tuned = self.tuned.get(key[:2], ())
-            kernel = next((k for first, k in reversed(tuned) if first <= key[2]), None)
-            kernel = self._choice[key] = kernel or select(self.spec(*key))
-        return kernel
+        tuned = self.tuned.get(key[:2], ())
+        kernel = next((k for first, k in reversed(tuned) if first <= key[2]), None)
+        return kernel or select(self.spec(*key))
 
     def prepared(self, kernel: Kernel, dtype: torch.dtype) -> Any:
         """The kernel's own form of the weight, made once."""

@@ -17,8 +17,6 @@
 
 namespace ptq {
 
-constexpr int64_t kPiece = 64;  // columns that are summed at a time where there are no groups
-
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -129,35 +127,29 @@ Tensor rotate_rows(Tensor x, Tensor left, Tensor right) {
 // ---- int8 activations, int8 weights ----
 
 struct Int8Rows {
-  static constexpr int kOfOneRow = 1, kOfRows = 1;  // columns that are read together
-  const int8_t *x, *w;
+  static constexpr int kMostRows = 4;  // that are multiplied together: more would not leave x in a cache
+  static constexpr int columns(int rows) { return rows == 1 ? 1 : 4; }  // that are read together
+  const Step* x;
+  const int8_t* w;
   int64_t k;
   const Output& out;
 
   template <int Columns, int M>
   void run(int64_t column, int64_t row) const {
-    const __m512i flip = _mm512_set1_epi8(-128);
     const int8_t* codes = w + column * k;
-    const int64_t ahead = fetched_ahead(Columns * k);
+    const int64_t ahead = fetched_ahead<Columns>(Columns * k);
+    const Step* of_x = x + row * k / kStep;
     __m512i sums[M][Columns] = {};
-    for (int64_t i = 0; i < k; i += 64) {
+    for (int64_t i = 0; i < k; i += kStep, of_x += M) {
       __m512i of_w[Columns];
       for (int c = 0; c < Columns; ++c) {
-        _mm_prefetch(codes + c * k + i + ahead, _MM_HINT_T0);
+        fetch<Columns>(codes + c * k + i + ahead);
         of_w[c] = _mm512_loadu_si512(codes + c * k + i);
       }
-      for (int j = 0; j < M; ++j) {
-        const __m512i of_x = _mm512_xor_si512(_mm512_loadu_si512(x + (row + j) * k + i), flip);
-        for (int c = 0; c < Columns; ++c) sums[j][c] = Int8Sum::add(sums[j][c], of_x, of_w[c]);
-      }
+      for (int j = 0; j < M; ++j)
+        for (int c = 0; c < Columns; ++c) sums[j][c] = Int8Sum::add(sums[j][c], of_x[j].bits, of_w[c]);
     }
-    constexpr __mmask16 mask = (1u << Columns) - 1;
-    const __m512i correction = _mm512_maskz_loadu_epi32(mask, out.correction + column);
-    const __m512 scale = out.columns(column, mask);
-    for (int j = 0; j < M; ++j) {
-      const __m512 value = Int8Sum::value(sums_of_lanes<Columns>(sums[j]), correction);
-      out.store(row + j, column, mask, out.scaled(value, row + j, scale));
-    }
+    store_rows<Int8Sum, Columns, M>(sums, column, row, out);
   }
 };
 
@@ -170,10 +162,14 @@ Tensor linear_int8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor su
   const Output out{y.mutable_data_ptr(), dtype == ScalarType::BFloat16, m, n, data<float>(x_scale),
                    data<float>(w_scale), data<int32_t>(sums)};
   const int8_t* codes = data<int8_t>(w);
-  if (m <= kFewRows) {
-    by_rows(out, k, Int8Rows{data<int8_t>(x), codes, k, out});
+  if (m <= 2 * kFewRows) {
+    const __m512i flip = _mm512_set1_epi8(-128);
+    const auto flipped = [&](__m512i x) { return _mm512_xor_si512(x, flip); };
+    const auto rows = packed_steps(data<char>(x), m, k, rows_together(m, Int8Rows::kMostRows), flipped);
+    by_rows(out, k, Int8Rows{rows.data(), codes, k, out});
   } else {
-    product<Int8Sum>(data<uint32_t>(x), k / 4, 0x80808080u, out, [&](int64_t row, uint32_t* to) {
+    const Source source{data<char>(w), k};
+    product<Int8Sum>(data<uint32_t>(x), k / 4, 0x80808080u, source, out, [&](int64_t row, uint32_t* to) {
       std::copy_n(codes + row * k, k, reinterpret_cast<int8_t*>(to));
     });
   }
@@ -182,7 +178,8 @@ Tensor linear_int8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor su
 
 // ---- bfloat16 activations, int4 or int8 weights ----
 
-// Scales of groups; weights with one scale a row are multiplied without, and the product is scaled.
+// Scales of groups; weights with one scale a row are one group that is multiplied without, and the
+// product is scaled.
 struct HalfScales {
   const uint16_t* values;
   static constexpr bool kOfRows = false;
@@ -204,11 +201,11 @@ template <class Scales>
 struct Weight {
   const uint8_t* codes;
   Scales scales;              // [N, groups]
-  const int8_t* zero_point;   // [N, groups], of rows [N], or null
+  const int8_t* zero_point;   // [N, groups], or null
   int64_t k, groups;
 
   int64_t group() const { return k / groups; }
-  int64_t index(int64_t row, int64_t g) const { return Scales::kOfRows ? row : row * groups + g; }
+  int64_t index(int64_t row, int64_t g) const { return row * groups + g; }
   int zero(int64_t i) const { return zero_point ? zero_point[i] : 0; }
 };
 
@@ -225,14 +222,24 @@ inline __m512i looked_up(const uint8_t* from, __m512i table) {
   return _mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), table);
 }
 
+constexpr std::array<uint16_t, 32> kTurns = [] {
+  std::array<uint16_t, 32> places{};
+  for (int i = 0; i < 32; ++i) places[i] = i % 8 * 4 + i / 8;
+  return places;
+}();
+
 // 32 codes minus zero point, as bfloat16, which is exact; in the order 0, 4, .. 28, 1, 5, .. 31.
 struct Nibbles {
   static constexpr int kBytes = 16;  // of 32 codes
-  static constexpr bool kInTurn = true;
   static constexpr int kOfOneRow = 4;
   __m512i table;
 
   Nibbles() = default;
+
+  // 32 values of x in the order of the codes.
+  static __m512i ordered(__m512i x) {
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(kTurns.data()), x);
+  }
 
   explicit Nibbles(int zero)
       : table(_mm512_broadcast_i64x4(
@@ -273,8 +280,9 @@ inline __m512 sixteen(const uint8_t* from, __m512i zero) {
 
 struct PlainBytes {  // without zero points
   static constexpr int kBytes = 32;
-  static constexpr bool kInTurn = false;
   static constexpr int kOfOneRow = 1;
+
+  static __m512i ordered(__m512i x) { return x; }
 
   PlainBytes() = default;
   explicit PlainBytes(int) {}
@@ -287,9 +295,10 @@ struct PlainBytes {  // without zero points
 
 struct Bytes {
   static constexpr int kBytes = 32;
-  static constexpr bool kInTurn = false;
   static constexpr int kOfOneRow = 1;
   __m512i zero;
+
+  static __m512i ordered(__m512i x) { return x; }
 
   Bytes() = default;
   explicit Bytes(int zero_point) : zero(_mm512_set1_epi32(zero_point)) {}
@@ -304,7 +313,8 @@ struct ScaledBytes {
   __m512i zero;
   __m512 scale;
 
-  ScaledBytes(int zero_point, float step) : zero(_mm512_set1_epi32(zero_point)), scale(_mm512_set1_ps(step)) {}
+  ScaledBytes(int zero_point, float step)
+      : zero(_mm512_set1_epi32(zero_point)), scale(_mm512_set1_ps(step)) {}
 
   __m512i operator()(const uint8_t* from) const {
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(sixteen(from + 16, zero), scale),
@@ -325,71 +335,56 @@ void unpack_row(const Weight<Scales>& weight, int64_t row, uint32_t* to) {
   }
 }
 
-// Of 32 values each the 1st, 5th, 9th .., then the 2nd, 6th .., as `Nibbles` has its codes.
-inline Scratch<uint16_t> in_turn(const uint16_t* x, int64_t count) {
-  std::array<uint16_t, 32> order;
-  for (int i = 0; i < 32; ++i) order[i] = i % 8 * 4 + i / 8;
-  const __m512i indices = _mm512_loadu_si512(order.data());
-  Scratch<uint16_t> out(count);
-  for (int64_t i = 0; i < count; i += 32)
-    _mm512_storeu_si512(out.data() + i, _mm512_permutexvar_epi16(indices, _mm512_loadu_si512(x + i)));
-  return out;
-}
-
 template <class Codes, class Scales>
 struct FloatRows {
-  static constexpr int kOfOneRow = Codes::kOfOneRow, kOfRows = 2;  // columns that are read together
-  const uint16_t* x;  // as Codes orders it
+  static constexpr int kMostRows = Scales::kOfRows ? 8 : 4;  // groups have sums of their own in registers
+  static constexpr int columns(int rows) { return rows == 1 ? Codes::kOfOneRow : 2; }
+  const Step* x;  // as Codes orders it
   const Weight<Scales>& weight;
   const Output& out;
 
   template <int Columns, int M>
   void run(int64_t column, int64_t row) const {
-    const int64_t k = weight.k, group = weight.group(), stride = k / 32 * Codes::kBytes;
-    const int64_t ahead = fetched_ahead(Columns * stride);
-    const uint16_t* lanes = x + row * k;
+    const int64_t group = weight.group(), stride = weight.k / 32 * Codes::kBytes;
+    const int64_t ahead = fetched_ahead<Columns>(Columns * stride);
     const uint8_t* from = weight.codes + column * stride;
+    const Step* of_x = x + row * weight.k / 32;
     __m512 sums[M][Columns] = {};
     for (int64_t g = 0; g < weight.groups; ++g) {
       __m512 parts[M][Columns] = {};
       std::array<Codes, Columns> codes;  // the scale comes after the sum
       for (int c = 0; c < Columns; ++c) codes[c] = Codes(weight.zero(weight.index(column + c, g)));
-      for (int64_t i = 0; i < group; i += 32, lanes += 32, from += Codes::kBytes) {
+      for (int64_t i = 0; i < group; i += 32, of_x += M, from += Codes::kBytes) {
         __m512i values[Columns];
         for (int c = 0; c < Columns; ++c) {
-          _mm_prefetch(from + c * stride + ahead, _MM_HINT_T0);
+          fetch<Columns>(from + c * stride + ahead);
           values[c] = codes[c](from + c * stride);
         }
-        for (int j = 0; j < M; ++j) {
-          const __m512i of_x = _mm512_loadu_si512(lanes + j * k);
-          for (int c = 0; c < Columns; ++c) parts[j][c] = BFloat16Sum::add(parts[j][c], of_x, values[c]);
-        }
+        for (int j = 0; j < M; ++j)
+          for (int c = 0; c < Columns; ++c)
+            parts[j][c] = BFloat16Sum::add(parts[j][c], of_x[j].bits, values[c]);
       }
       for (int c = 0; c < Columns; ++c) {
         const __m512 scale = _mm512_set1_ps(weight.scales[weight.index(column + c, g)]);
         for (int j = 0; j < M; ++j) sums[j][c] = _mm512_fmadd_ps(parts[j][c], scale, sums[j][c]);
       }
     }
-    constexpr __mmask16 mask = (1u << Columns) - 1;
-    const __m512 scale = out.columns(column, mask);
-    for (int j = 0; j < M; ++j)
-      out.store(row + j, column, mask, out.scaled(sums_of_lanes<Columns>(sums[j]), row + j, scale));
+    store_rows<BFloat16Sum, Columns, M>(sums, column, row, out);
   }
 };
 
 template <class Codes, class Scales>
 void multiply_few_rows(const uint16_t* x, const Weight<Scales>& weight, const Output& out) {
-  if constexpr (Codes::kInTurn) {
-    const Scratch<uint16_t> ordered = in_turn(x, out.m * weight.k);
-    by_rows(out, weight.k, FloatRows<Codes, Scales>{ordered.data(), weight, out});
-  } else {
-    by_rows(out, weight.k, FloatRows<Codes, Scales>{x, weight, out});
-  }
+  using Rows = FloatRows<Codes, Scales>;
+  const int64_t together = rows_together(out.m, Rows::kMostRows);
+  const auto steps = packed_steps(x, out.m, weight.k * 2, together, Codes::ordered);
+  by_rows(out, weight.k, Rows{steps.data(), weight, out});
 }
 
 template <class Scaled, class Scales>
 void multiply_rows(const uint16_t* x, const Weight<Scales>& weight, const Output& out) {
-  product<BFloat16Sum>(reinterpret_cast<const uint32_t*>(x), weight.k / 2, 0, out,
+  const Source source{reinterpret_cast<const char*>(weight.codes), weight.k / 32 * Scaled::kBytes};
+  product<BFloat16Sum>(reinterpret_cast<const uint32_t*>(x), weight.k / 2, 0, source, out,
                        [&](int64_t row, uint32_t* to) { unpack_row<Scaled>(weight, row, to); });
 }
 
@@ -424,7 +419,7 @@ Tensor linear_float(Tensor x, std::optional<Tensor> x_scale, Tensor codes, Tenso
   const Output out{y.mutable_data_ptr(), dtype == ScalarType::BFloat16, m, n, data<float>(x_scale),
                    of_rows, nullptr};
   if (of_rows)
-    multiply(x, codes, NoScales{}, zero_point, k / kPiece, out);
+    multiply(x, codes, NoScales{}, zero_point, 1, out);
   else if (half)
     multiply(x, codes, HalfScales{data<uint16_t>(scale)}, zero_point, groups, out);
   else
@@ -436,21 +431,19 @@ Tensor linear_float(Tensor x, std::optional<Tensor> x_scale, Tensor codes, Tenso
 
 template <class Scales>
 void multiply_groups(const Tensor& x, const Weight<Scales>& weight, const Output& out) {
-  const int64_t units = weight.k / 4;
+  const int64_t group = weight.group();
   const auto unpack = [&](int64_t row, GroupedRows& rows, int64_t at) {
     const uint8_t* from = weight.codes + row * weight.k / 2;
-    auto* to = reinterpret_cast<__m256i*>(rows.codes.data() + at * rows.stride);
-    for (int64_t k = 0; k < weight.k; k += 32, from += 16, ++to) {
-      _mm_prefetch(from + kAhead, _MM_HINT_T0);
-      _mm256_storeu_si256(to, unsigned_codes(from));
-    }
-    for (int64_t g = 0; g < weight.groups; ++g) {
-      const int64_t i = weight.index(row, g);
-      rows.scales[at * weight.groups + g] = weight.scales[i];
-      rows.zeros[at * weight.groups + g] = 8 + weight.zero(i);
+    auto* to = reinterpret_cast<char*>(rows.codes.data() + at * rows.stride);
+    for (int64_t g = 0; g < weight.groups; ++g, from += group / 2, to += group) {
+      const int64_t i = weight.index(row, g), place = at * weight.groups + g;
+      const int64_t sum = unpack_group(from, group, 8 + weight.zero(i), reinterpret_cast<__m256i*>(to));
+      rows.scales[place] = weight.scales[i];
+      rows.starts[place] = static_cast<int32_t>(-128 * sum);
     }
   };
-  grouped_product(data<uint32_t>(x), units, weight.groups, out, unpack);
+  const Source source{reinterpret_cast<const char*>(weight.codes), weight.k / 2};
+  grouped_product(data<uint32_t>(x), weight.k / 4, weight.groups, source, out, unpack);
 }
 
 // x int8 [M, K] and the scale of its rows [M, 1]; codes of 4 bits [N, K / 2]; their scales [N, groups] in

@@ -8,70 +8,130 @@ namespace ptq {
 
 constexpr int kFewRows = 8;
 constexpr int64_t kGrain = 1 << 16;  // weights that are worth a thread
-constexpr int64_t kBlock = 1 << 14;  // weights that stay in the first-level cache from rows to rows
+constexpr int64_t kStep = 64;        // bytes of a row that are multiplied at a time
+constexpr int64_t kBlock = 1 << 16;  // weights that stay in the second-level cache from rows to rows
 
-// How far ahead of columns that are read together, so many bytes in all, the next ones are fetched.
-inline int64_t fetched_ahead(int64_t bytes) { return std::max<int64_t>(kAhead, bytes); }
+struct alignas(kStep) Step {
+  __m512i bits;
+};
 
-// M rows of x from `row` on, times columns of y from `begin` to `end`: some columns at a time, which
-// share what is read of x.
-template <int Columns, int M, class Body>
-void by_columns(int64_t begin, int64_t end, int64_t row, const Body& body) {
-  int64_t column = begin;
-  for (; column + Columns <= end; column += Columns) body.template run<Columns, M>(column, row);
-  for (; column < end; ++column) body.template run<1, M>(column, row);
+// How many rows are multiplied together: 1, 2, 4 or at most 8.
+inline int64_t rows_together(int64_t rows, int64_t most) {
+  return std::min<int64_t>(most, std::bit_ceil(static_cast<uint64_t>(rows)));
 }
 
-// `body.template run<Columns, M>(column, row)` for all of y.
-template <class Body>
-void by_rows(const Output& out, int64_t k, const Body& body) {
-  const int64_t wide = std::max<int64_t>(4, kBlock / k / 4 * 4);
-  torch::stable::parallel_for(0, out.n, std::max<int64_t>(1, kGrain / k), [&](int64_t begin, int64_t end) {
-    for (int64_t from = begin; from < end; from += wide) {
-      const int64_t to = std::min(from + wide, end);
-      int64_t row = 0;
-      for (; row + 4 <= out.m; row += 4) by_columns<Body::kOfRows, 4>(from, to, row, body);
-      for (; row + 2 <= out.m; row += 2) by_columns<Body::kOfRows, 2>(from, to, row, body);
-      if (row < out.m) by_columns<Body::kOfOneRow, 1>(from, to, row, body);
+// x, a few rows of `bytes` each, `M` rows after each other: in steps of 64 bytes, first those of all M
+// rows, then the next ones of all. Rows beyond x are zero. Each step is `changed` on its way.
+template <class Change>
+Scratch<Step> packed_steps(const void* x, int64_t rows, int64_t bytes, int64_t M, const Change& changed) {
+  const int64_t steps = bytes / kStep, padded = ceil_div(rows, M) * M;
+  Scratch<Step> out(steps * padded);
+  const auto* from = static_cast<const char*>(x);
+  for (int64_t row = 0; row < padded; ++row) {
+    Step* to = out.data() + row / M * steps * M + row % M;
+    for (int64_t i = 0; i < steps; ++i) {
+      const char* step = from + row * bytes + i * kStep;
+      to[i * M].bits = row < rows ? changed(_mm512_loadu_si512(step)) : _mm512_setzero_si512();
+    }
+  }
+  return out;
+}
+
+// How far ahead of columns that are read together, so many bytes in all, the next ones are fetched.
+template <int Columns>
+int64_t fetched_ahead(int64_t bytes) {
+  return std::max<int64_t>(Columns == 1 ? kAhead : 2 * kAhead, bytes);
+}
+
+// One stream is best fetched into the first cache; several would push each other out of it.
+template <int Columns>
+void fetch(const void* from) {
+  _mm_prefetch(from, Columns == 1 ? _MM_HINT_T0 : _MM_HINT_T1);
+}
+
+// All of y, some columns at a time, which share what is read of x: `body.run<Columns, M>(column, row)`.
+template <int Columns, int M, class Body>
+void by_columns(const Output& out, int64_t k, const Body& body) {
+  const int64_t block = out.m <= M ? out.n : std::max<int64_t>(Columns, kBlock / k / Columns * Columns);
+  const int64_t grain = std::max<int64_t>(1, kGrain / k);
+  torch::stable::parallel_for(0, out.n, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += block) {
+      const int64_t last = std::min(first + block, end);
+      for (int64_t row = 0; row < out.m; row += M) {
+        int64_t column = first;
+        for (; column + Columns <= last; column += Columns) body.template run<Columns, M>(column, row);
+        for (; column < last; ++column) body.template run<1, M>(column, row);
+      }
     }
   });
 }
 
-// The sums of the lanes of each vector, in the first lanes of one.
-template <int Columns>
-__m512 sums_of_lanes(const __m512* vectors) {
-  __m512 found = _mm512_setzero_ps();
-  for (int c = 0; c < Columns; ++c)
-    found = _mm512_mask_broadcastss_ps(found, 1u << c, _mm_set_ss(_mm512_reduce_add_ps(vectors[c])));
-  return found;
+// The same for a number of rows that is known when it runs.
+template <class Body>
+void by_rows(const Output& out, int64_t k, const Body& body) {
+  switch (rows_together(out.m, Body::kMostRows)) {
+    case 1: return by_columns<Body::columns(1), 1>(out, k, body);
+    case 2: return by_columns<Body::columns(2), 2>(out, k, body);
+    case 4: return by_columns<Body::columns(4), 4>(out, k, body);
+    default: return by_columns<Body::columns(8), Body::kMostRows>(out, k, body);
+  }
 }
 
-template <int Columns>
-__m512i sums_of_lanes(const __m512i* vectors) {
-  __m512i found = _mm512_setzero_si512();
-  for (int c = 0; c < Columns; ++c)
-    found = _mm512_mask_set1_epi32(found, 1u << c, _mm512_reduce_add_epi32(vectors[c]));
-  return found;
+// The sums of the lanes of each of `Count` vectors, a power of two up to 16, in the lanes of one.
+template <class Arithmetic, int Count>
+__m512i sums_of_lanes(const typename Arithmetic::Sum* vectors) {
+  __m512i v[16];
+  for (int i = 0; i < Count; ++i) v[i] = Arithmetic::bits(vectors[i]);
+  constexpr auto half = [](int count) { return std::max(1, count / 2); };
+  constexpr int pairs = half(Count), fours = half(pairs), eights = half(fours);
+  constexpr auto other = [](int i, int count) { return count > 1 ? 2 * i + 1 : 2 * i; };
+  for (int i = 0; i < pairs; ++i) {
+    const __m512i a = v[2 * i], b = v[other(i, Count)];
+    v[i] = Arithmetic::sum(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  }
+  for (int i = 0; i < fours; ++i) {
+    const __m512i a = v[2 * i], b = v[other(i, pairs)];
+    v[i] = Arithmetic::sum(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  }
+  for (int i = 0; i < eights; ++i) {
+    const __m512i a = v[2 * i], b = v[other(i, fours)];
+    v[i] = Arithmetic::sum(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+  }
+  const __m512i a = v[0], b = v[other(0, eights)];
+  return Arithmetic::sum(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
 }
 
-template <>
-inline __m512i sums_of_lanes<4>(const __m512i* v) {
-  const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
-  const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
-  const __m512i c = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-  const __m256i d = _mm256_add_epi32(_mm512_castsi512_si256(c), _mm512_extracti64x4_epi64(c, 1));
-  return _mm512_zextsi128_si512(_mm_add_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1)));
-}
-
-template <>
-inline __m512 sums_of_lanes<4>(const __m512* v) {
-  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
-  const __m512 c = _mm512_add_ps(
-      _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))),
-      _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))));
-  const __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
-  return _mm512_zextps128_ps512(_mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1)));
+// Sums of M rows, of `Columns` columns each from `column` on, to their places in y.
+template <class Arithmetic, int Columns, int M>
+void store_rows(const typename Arithmetic::Sum sums[M][Columns], int64_t column, int64_t row,
+                const Output& out) {
+  constexpr __mmask16 columns = (1u << Columns) - 1;
+  const int64_t count = std::min<int64_t>(M, out.m - row);
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i of_column = _mm512_and_si512(lanes, _mm512_set1_epi32(Columns - 1));
+  const __m512i of_row = _mm512_srli_epi32(lanes, std::countr_zero(unsigned{Columns}));
+  __m512i correction = _mm512_setzero_si512();
+  if (out.correction) correction = _mm512_maskz_loadu_epi32(columns, out.correction + column);
+  const __m512i all = sums_of_lanes<Arithmetic, M * Columns>(&sums[0][0]);
+  __m512 value = Arithmetic::value(all, _mm512_permutexvar_epi32(of_column, correction));
+  if (out.column_scale) {
+    const __m512 scales = out.columns(column, columns);
+    value = _mm512_mul_ps(value, _mm512_permutexvar_ps(of_column, scales));
+  }
+  if (out.row_scale) {
+    const __m512 scales = _mm512_maskz_loadu_ps((1u << count) - 1, out.row_scale + row);
+    value = _mm512_mul_ps(value, _mm512_permutexvar_ps(of_row, scales));
+  }
+  alignas(64) char values[64];
+  const int64_t width = out.bfloat16 ? 2 : 4;
+  if (out.bfloat16)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(values),
+                       reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+  else
+    _mm512_store_ps(values, value);
+  for (int64_t i = 0; i < count; ++i)
+    std::copy_n(values + i * Columns * width, Columns * width,
+                static_cast<char*>(out.y) + ((row + i) * out.n + column) * width);
 }
 
 }  // namespace ptq

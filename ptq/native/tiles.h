@@ -10,6 +10,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -126,6 +127,9 @@ struct BFloat16Sum {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
   }
   static __m512 value(__m512i sum, __m512i) { return _mm512_castsi512_ps(sum); }
+  static __m512i sum(__m512i a, __m512i b) {
+    return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
+  }
   static __m512i bits(Sum sum) { return _mm512_castps_si512(sum); }
 };
 
@@ -140,6 +144,7 @@ struct Int8Sum {  // x is unsigned, W signed
   static __m512 value(__m512i sum, __m512i correction) {
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, correction));
   }
+  static __m512i sum(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
   static __m512i bits(Sum sum) { return sum; }
 };
 
@@ -155,20 +160,37 @@ void store_panel(__m512i values[16], int64_t height, int64_t row, int64_t column
     out.store(row + i, column, mask, out.scaled(Arithmetic::value(values[i], correction), row + i, columns));
 }
 
-// kHeight rows of W times `Panels` panels of x, and the sums on their way into y.
+// Codes of W, so many bytes a row, which are fetched while those before are multiplied.
+struct Source {
+  const char* codes;
+  int64_t bytes;
+
+  const char* row(int64_t n) const { return codes + n * bytes; }
+};
+
+// kHeight rows of W times `Panels` panels of x, and the sums on their way into y. Meanwhile `lines` cache
+// lines are fetched for 16 units each, from `next` on.
 template <class Arithmetic, int Panels>
 void tile(const uint32_t* x, const uint32_t* w, int64_t stride, int64_t units, int64_t row, int64_t column,
-          const Output& out) {
+          const Output& out, const char* next, int64_t lines) {
   typename Arithmetic::Sum sums[kHeight][Panels];
   for (auto& of_row : sums)
     for (auto& sum : of_row) sum = Arithmetic::zero();
-  for (int64_t unit = 0; unit < units; ++unit) {
-    __m512i lanes[Panels];
-    for (int p = 0; p < Panels; ++p) lanes[p] = _mm512_loadu_si512(x + (p * units + unit) * kLanes);
+  const uint32_t* four[kHeight / 4] = {w, w + 4 * stride, w + 8 * stride};
+  int64_t thrice = 3 * stride;
+  for (int64_t first = 0; first < units; first += kLanes) {
+    for (int64_t line = 0; line < lines; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+    for (int64_t unit = first; unit < first + kLanes; ++unit) {
+      // Three pointers and their distances fit into registers; GCC would keep twelve pointers.
+      asm("" : "+r"(four[0]), "+r"(four[1]), "+r"(four[2]), "+r"(stride), "+r"(thrice));
+      __m512i lanes[Panels];
+      for (int p = 0; p < Panels; ++p) lanes[p] = _mm512_loadu_si512(x + (p * units + unit) * kLanes);
 #pragma GCC unroll 12
-    for (int i = 0; i < kHeight; ++i) {
-      const __m512i one = _mm512_set1_epi32(w[i * stride + unit]);
-      for (int p = 0; p < Panels; ++p) sums[i][p] = Arithmetic::add(sums[i][p], lanes[p], one);
+      for (int i = 0; i < kHeight; ++i) {
+        const __m512i one = _mm512_set1_epi32(four[i / 4][i % 4 == 3 ? thrice : i % 4 * stride]);
+        for (int p = 0; p < Panels; ++p) sums[i][p] = Arithmetic::add(sums[i][p], lanes[p], one);
+      }
+      for (auto& rows : four) ++rows;
     }
   }
   for (int p = 0; p < Panels; ++p) {
@@ -181,7 +203,8 @@ void tile(const uint32_t* x, const uint32_t* w, int64_t stride, int64_t units, i
 
 // y = x W^T by tiles. `unpack(n, to)` puts row n of W, `units` long, where it is told to.
 template <class Arithmetic, class Unpack>
-void product(const uint32_t* x, int64_t units, uint32_t flip, const Output& out, const Unpack& unpack) {
+void product(const uint32_t* x, int64_t units, uint32_t flip, const Source& source, const Output& out,
+             const Unpack& unpack) {
   const Scratch<uint32_t> panels = packed_panels(x, out.m, units, flip);
   const int64_t count = ceil_div(out.m, kLanes);
   const int64_t stride = units + kLanes;  // not a power of two: rows would share a cache's sets
@@ -195,12 +218,14 @@ void product(const uint32_t* x, int64_t units, uint32_t flip, const Output& out,
       for (int64_t n = first; n < last; ++n) unpack(n, rows.data() + (n - first) * stride);
       for (int64_t panel = 0; panel < count; panel += 2) {
         const uint32_t* from = panels.data() + panel * units * kLanes;
+        const int64_t lines = panel ? 0 : kHeight * source.bytes / units / 4;
         for (int64_t n = first; n < last; n += kHeight) {
           const uint32_t* w = rows.data() + (n - first) * stride;
+          const char* next = source.row(n + batch);
           if (panel + 1 < count)
-            tile<Arithmetic, 2>(from, w, stride, units, panel * kLanes, n, out);
+            tile<Arithmetic, 2>(from, w, stride, units, panel * kLanes, n, out, next, lines);
           else
-            tile<Arithmetic, 1>(from, w, stride, units, panel * kLanes, n, out);
+            tile<Arithmetic, 1>(from, w, stride, units, panel * kLanes, n, out, next, lines);
         }
       }
     }

@@ -41,7 +41,18 @@ from tests.kernels.test_conformance import (
 
 pytestmark = pytest.mark.usefixtures("kernels")
 LOADED = library.library_loaded  # before tests replace it
-ROWS = (1, 2, 3, 8, 9, 16, 17, 33, 70)  # one row, few, one panel and two, an odd number of panels
+ROWS = (
+    1,
+    2,
+    3,
+    5,
+    8,
+    9,
+    16,
+    17,
+    33,
+    70,
+)  # one row, few, one panel and two, an odd number of panels
 SHAPES = ((48, 128), (33, 256), (5, 64))
 
 
@@ -87,9 +98,9 @@ def test_int8_serves_every_number_of_rows(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["w4a8-g64", "w4a8-g32-asym"])
-def test_int4_codes_are_multiplied_as_they_are_from_eight_rows_on(scheme: str) -> None:
+def test_int4_codes_are_multiplied_as_they_are_from_nine_rows_on(scheme: str) -> None:
     ranges = [(r.first, r.kernel) for r in row_ranges(spec_of(scheme))]
-    assert ranges == [(1, "native_float"), (8, "native_int4")]
+    assert ranges == [(1, "native_float"), (9, "native_int4")]
 
 
 @pytest.mark.parametrize("scheme", ["w8a16", "w4a16-g64", "w4a16-g32-asym"])
@@ -317,5 +328,5 @@ def test_joined_layers_share_one_tensor_of_codes(scheme: str) -> None:
     for layer, y in zip(layers, before, strict=True):
         assert torch.equal(layer(x), y)
         assert layer.joint is not None
-        activation = layer._activation(x, x, None if scheme == "w8a8" else torch.float32)
+        activation = layer._activation(x, x, layer.kernel(x))
         assert torch.equal(layer.joint.linear(activation), y)
