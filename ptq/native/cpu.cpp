@@ -163,13 +163,11 @@ Tensor linear_int8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor su
                    data<float>(w_scale), data<int32_t>(sums)};
   const int8_t* codes = data<int8_t>(w);
   if (m <= 2 * kFewRows) {
-    const __m512i flip = _mm512_set1_epi8(-128);
-    const auto flipped = [&](__m512i x) { return _mm512_xor_si512(x, flip); };
-    const auto rows = packed_steps(data<char>(x), m, k, rows_together(m, Int8Rows::kMostRows), flipped);
+    const auto rows = packed_steps(data<char>(x), m, k, rows_together(m, Int8Rows::kMostRows), shifted);
     by_rows(out, k, Int8Rows{rows.data(), codes, k, out});
   } else {
     const Source source{data<char>(w), k};
-    product<Int8Sum>(data<uint32_t>(x), k / 4, 0x80808080u, source, out, [&](int64_t row, uint32_t* to) {
+    product<Int8Sum>(data<uint32_t>(x), k / 4, shifted, source, out, [&](int64_t row, uint32_t* to) {
       std::copy_n(codes + row * k, k, reinterpret_cast<int8_t*>(to));
     });
   }
@@ -215,35 +213,42 @@ constexpr std::array<uint16_t, 32> kIntegers = [] {  // -15 to 15 in bfloat16
   return values;
 }();
 
-// Of each byte the low nibble to the lower half of 32 bits, the high one to the upper half, each
-// exchanged for a value. The lowest five bits of a half choose: four, as the table is there twice.
-inline __m512i looked_up(const uint8_t* from, __m512i table) {
-  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  return _mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), table);
+template <class Place>
+constexpr std::array<uint16_t, 32> places(const Place& place) {
+  std::array<uint16_t, 32> found{};
+  for (int i = 0; i < 32; ++i) found[i] = place(i);
+  return found;
 }
 
-constexpr std::array<uint16_t, 32> kTurns = [] {
-  std::array<uint16_t, 32> places{};
-  for (int i = 0; i < 32; ++i) places[i] = i % 8 * 4 + i / 8;
-  return places;
-}();
+constexpr auto kTurns = places([](int i) { return i % 8 * 4 + i / 8; });
+constexpr auto kUpper = places([](int i) { return 2 * i + 1; });
 
-// 32 codes minus zero point, as bfloat16, which is exact; in the order 0, 4, .. 28, 1, 5, .. 31.
+constexpr auto kAsItIs = [](__m512i x) { return x; };
+
+// 32 codes minus zero point as bfloat16, which is exact, or that times a scale; in the order 0, 4, .. 28,
+// 1, 5, .. 31.
 struct Nibbles {
+  using Scaled = Nibbles;
   static constexpr int kBytes = 16;  // of 32 codes
   static constexpr int kOfOneRow = 4;
   __m512i table;
 
   Nibbles() = default;
 
-  // 32 values of x in the order of the codes.
-  static __m512i ordered(__m512i x) {
-    return _mm512_permutexvar_epi16(_mm512_loadu_si512(kTurns.data()), x);
-  }
-
   explicit Nibbles(int zero)
       : table(_mm512_broadcast_i64x4(
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kIntegers.data() + 7 - zero)))) {}
+
+  Nibbles(int zero, float scale) {
+    const __m512 steps = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+    const __m512 values = _mm512_mul_ps(_mm512_sub_ps(steps, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
+    table = _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+  }
+
+  // 32 values of x in the order of the codes.
+  static constexpr auto ordered = [](__m512i x) {
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(kTurns.data()), x);
+  };
 
   __m512i operator()(const uint8_t* from) const {
     const __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -256,20 +261,6 @@ struct Nibbles {
   static constexpr int64_t kWords = 0x0001000100010001;
 };
 
-// The same, times scale.
-struct ScaledNibbles {
-  static constexpr int kBytes = 16;
-  __m512i table;
-
-  ScaledNibbles(int zero, float scale) {
-    const __m512 steps = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-    const __m512 values = _mm512_mul_ps(_mm512_sub_ps(steps, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
-    table = _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
-  }
-
-  __m512i operator()(const uint8_t* from) const { return looked_up(from, table); }
-};
-
 inline __m512i widened_codes(const uint8_t* from) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
@@ -278,47 +269,58 @@ inline __m512 sixteen(const uint8_t* from, __m512i zero) {
   return _mm512_cvtepi32_ps(_mm512_sub_epi32(widened_codes(from), zero));
 }
 
-struct PlainBytes {  // without zero points
-  static constexpr int kBytes = 32;
-  static constexpr int kOfOneRow = 1;
-
-  static __m512i ordered(__m512i x) { return x; }
-
-  PlainBytes() = default;
-  explicit PlainBytes(int) {}
-
-  __m512i operator()(const uint8_t* from) const {
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(widened_codes(from + 16)),
-                                                         _mm512_cvtepi32_ps(widened_codes(from))));
-  }
-};
-
-struct Bytes {
-  static constexpr int kBytes = 32;
-  static constexpr int kOfOneRow = 1;
-  __m512i zero;
-
-  static __m512i ordered(__m512i x) { return x; }
-
-  Bytes() = default;
-  explicit Bytes(int zero_point) : zero(_mm512_set1_epi32(zero_point)) {}
-
-  __m512i operator()(const uint8_t* from) const {
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(sixteen(from + 16, zero), sixteen(from, zero)));
-  }
-};
+// 32 whole numbers, which bfloat16 has exactly if they have at most 8 bits, from as many float32.
+inline __m512i upper_halves(__m512 first, __m512 second) {
+  return _mm512_permutex2var_epi16(_mm512_castps_si512(first), _mm512_loadu_si512(kUpper.data()),
+                                   _mm512_castps_si512(second));
+}
 
 struct ScaledBytes {
   static constexpr int kBytes = 32;
   __m512i zero;
   __m512 scale;
 
+  ScaledBytes() = default;
   ScaledBytes(int zero_point, float step)
       : zero(_mm512_set1_epi32(zero_point)), scale(_mm512_set1_ps(step)) {}
+
+  static constexpr auto ordered = kAsItIs;
 
   __m512i operator()(const uint8_t* from) const {
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_mul_ps(sixteen(from + 16, zero), scale),
                                                          _mm512_mul_ps(sixteen(from, zero), scale)));
+  }
+};
+
+struct PlainBytes {  // without zero points
+  using Scaled = ScaledBytes;
+  static constexpr int kBytes = 32;
+  static constexpr int kOfOneRow = 1;
+
+  PlainBytes() = default;
+  explicit PlainBytes(int) {}
+
+  static constexpr auto ordered = kAsItIs;
+
+  __m512i operator()(const uint8_t* from) const {
+    return upper_halves(_mm512_cvtepi32_ps(widened_codes(from)),
+                        _mm512_cvtepi32_ps(widened_codes(from + 16)));
+  }
+};
+
+struct Bytes {
+  using Scaled = ScaledBytes;
+  static constexpr int kBytes = 32;
+  static constexpr int kOfOneRow = 1;
+  __m512i zero;
+
+  Bytes() = default;
+  explicit Bytes(int zero_point) : zero(_mm512_set1_epi32(zero_point)) {}
+
+  static constexpr auto ordered = kAsItIs;
+
+  __m512i operator()(const uint8_t* from) const {
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(sixteen(from + 16, zero), sixteen(from, zero)));
   }
 };
 
@@ -337,36 +339,51 @@ void unpack_row(const Weight<Scales>& weight, int64_t row, uint32_t* to) {
 
 template <class Codes, class Scales>
 struct FloatRows {
-  static constexpr int kMostRows = Scales::kOfRows ? 8 : 4;  // groups have sums of their own in registers
+  static constexpr int kMostRows = 8;  // that are multiplied together
   static constexpr int columns(int rows) { return rows == 1 ? Codes::kOfOneRow : 2; }
   const Step* x;  // as Codes orders it
   const Weight<Scales>& weight;
   const Output& out;
 
+  int64_t stride() const { return weight.k / 32 * Codes::kBytes; }
+
+  // The products of a group, added to sums.
+  template <int Columns, int M, class Values>
+  void add(const std::array<Values, Columns>& values, const Step* of_x, const uint8_t* from,
+           __m512 (&sums)[M][Columns]) const {
+    const int64_t ahead = fetched_ahead<Columns>(Columns * stride());
+    for (int64_t i = 0; i < weight.group(); i += 32, of_x += M, from += Codes::kBytes) {
+      __m512i of_w[Columns];
+      for (int c = 0; c < Columns; ++c) {
+        fetch<Columns>(from + c * stride() + ahead);
+        of_w[c] = values[c](from + c * stride());
+      }
+      for (int j = 0; j < M; ++j)
+        for (int c = 0; c < Columns; ++c) sums[j][c] = BFloat16Sum::add(sums[j][c], of_x[j].bits, of_w[c]);
+    }
+  }
+
   template <int Columns, int M>
   void run(int64_t column, int64_t row) const {
-    const int64_t group = weight.group(), stride = weight.k / 32 * Codes::kBytes;
-    const int64_t ahead = fetched_ahead<Columns>(Columns * stride);
-    const uint8_t* from = weight.codes + column * stride;
     const Step* of_x = x + row * weight.k / 32;
+    const uint8_t* from = weight.codes + column * stride();
+    const int64_t steps = weight.group() / 32;
     __m512 sums[M][Columns] = {};
-    for (int64_t g = 0; g < weight.groups; ++g) {
-      __m512 parts[M][Columns] = {};
-      std::array<Codes, Columns> codes;  // the scale comes after the sum
-      for (int c = 0; c < Columns; ++c) codes[c] = Codes(weight.zero(weight.index(column + c, g)));
-      for (int64_t i = 0; i < group; i += 32, of_x += M, from += Codes::kBytes) {
-        __m512i values[Columns];
+    for (int64_t g = 0; g < weight.groups; ++g, of_x += M * steps, from += Codes::kBytes * steps) {
+      const auto place = [&](int c) { return weight.index(column + c, g); };
+      if constexpr (M == 8 && !Scales::kOfRows) {  // registers do not hold the sums of a group too
+        std::array<typename Codes::Scaled, Columns> values;
+        for (int c = 0; c < Columns; ++c) values[c] = {weight.zero(place(c)), weight.scales[place(c)]};
+        add<Columns, M>(values, of_x, from, sums);
+      } else {
+        std::array<Codes, Columns> values;
+        for (int c = 0; c < Columns; ++c) values[c] = Codes(weight.zero(place(c)));
+        __m512 parts[M][Columns] = {};
+        add<Columns, M>(values, of_x, from, parts);
         for (int c = 0; c < Columns; ++c) {
-          fetch<Columns>(from + c * stride + ahead);
-          values[c] = codes[c](from + c * stride);
+          const __m512 scale = _mm512_set1_ps(weight.scales[place(c)]);
+          for (int j = 0; j < M; ++j) sums[j][c] = _mm512_fmadd_ps(parts[j][c], scale, sums[j][c]);
         }
-        for (int j = 0; j < M; ++j)
-          for (int c = 0; c < Columns; ++c)
-            parts[j][c] = BFloat16Sum::add(parts[j][c], of_x[j].bits, values[c]);
-      }
-      for (int c = 0; c < Columns; ++c) {
-        const __m512 scale = _mm512_set1_ps(weight.scales[weight.index(column + c, g)]);
-        for (int j = 0; j < M; ++j) sums[j][c] = _mm512_fmadd_ps(parts[j][c], scale, sums[j][c]);
       }
     }
     store_rows<BFloat16Sum, Columns, M>(sums, column, row, out);
@@ -384,7 +401,7 @@ void multiply_few_rows(const uint16_t* x, const Weight<Scales>& weight, const Ou
 template <class Scaled, class Scales>
 void multiply_rows(const uint16_t* x, const Weight<Scales>& weight, const Output& out) {
   const Source source{reinterpret_cast<const char*>(weight.codes), weight.k / 32 * Scaled::kBytes};
-  product<BFloat16Sum>(reinterpret_cast<const uint32_t*>(x), weight.k / 2, 0, source, out,
+  product<BFloat16Sum>(reinterpret_cast<const uint32_t*>(x), weight.k / 2, Scaled::ordered, source, out,
                        [&](int64_t row, uint32_t* to) { unpack_row<Scaled>(weight, row, to); });
 }
 
@@ -396,7 +413,7 @@ void multiply(const Tensor& activations, const Tensor& codes, Scales scales,
   const Weight<Scales> weight{data<uint8_t>(codes), scales, data<int8_t>(zero_point), k, groups};
   const bool bytes = codes.size(1) == k;
   if (out.m > kFewRows)
-    bytes ? multiply_rows<ScaledBytes>(x, weight, out) : multiply_rows<ScaledNibbles>(x, weight, out);
+    bytes ? multiply_rows<ScaledBytes>(x, weight, out) : multiply_rows<Nibbles>(x, weight, out);
   else if (!bytes)
     multiply_few_rows<Nibbles>(x, weight, out);
   else if (zero_point)

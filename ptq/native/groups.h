@@ -94,7 +94,7 @@ template <class Unpack>
 void grouped_product(const uint32_t* x, int64_t units, int64_t groups, const Source& source,
                      const Output& out, const Unpack& unpack) {
   const int64_t count = ceil_div(out.m, kLanes);
-  const Scratch<uint32_t> panels = packed_panels(x, out.m, units, 0x80808080u);
+  const Scratch<uint32_t> panels = packed_panels(x, out.m, units, shifted);
   const int64_t fitting = kBatchBytes / (kGroupRows * units * 4);
   const int64_t batch = kGroupRows * std::clamp<int64_t>(out.m <= 2 * kLanes ? 1 : fitting, 1, 8);
   torch::stable::parallel_for(0, ceil_div(out.n, kGroupRows), 1, [&](int64_t begin, int64_t end) {

@@ -70,19 +70,21 @@ inline void transpose(__m512i r[16]) {
   }
 }
 
-// x [M, units] to panels [M / 16, units, 16]; rows beyond M are zero. `flip` is applied to each unit.
-inline Scratch<uint32_t> packed_panels(const uint32_t* x, int64_t m, int64_t units, uint32_t flip) {
+// Signed bytes as unsigned ones: 128 is added. An object, as a function would be called by its address.
+constexpr auto shifted = [](__m512i bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); };
+
+// x [M, units] to panels [M / 16, units, 16]; rows beyond M are zero. 16 units of a row are `changed`.
+template <class Change>
+Scratch<uint32_t> packed_panels(const uint32_t* x, int64_t m, int64_t units, const Change& changed) {
   const int64_t panels = ceil_div(m, kLanes), chunks = units / kLanes;
   Scratch<uint32_t> out(panels * units * kLanes);
-  const __m512i mask = _mm512_set1_epi32(flip);
   torch::stable::parallel_for(0, panels * chunks, 32, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t panel = item / chunks, unit = item % chunks * kLanes;
       __m512i rows[16];
       for (int i = 0; i < 16; ++i) {
         const int64_t row = panel * kLanes + i;
-        rows[i] = row < m ? _mm512_xor_si512(_mm512_loadu_si512(x + row * units + unit), mask)
-                          : _mm512_setzero_si512();
+        rows[i] = row < m ? changed(_mm512_loadu_si512(x + row * units + unit)) : _mm512_setzero_si512();
       }
       transpose(rows);
       uint32_t* to = out.data() + (panel * units + unit) * kLanes;
@@ -201,11 +203,12 @@ void tile(const uint32_t* x, const uint32_t* w, int64_t stride, int64_t units, i
   }
 }
 
-// y = x W^T by tiles. `unpack(n, to)` puts row n of W, `units` long, where it is told to.
-template <class Arithmetic, class Unpack>
-void product(const uint32_t* x, int64_t units, uint32_t flip, const Source& source, const Output& out,
+// y = x W^T by tiles, x as it is `changed`. `unpack(n, to)` puts row n of W, `units` long, where it is
+// told to.
+template <class Arithmetic, class Change, class Unpack>
+void product(const uint32_t* x, int64_t units, const Change& changed, const Source& source, const Output& out,
              const Unpack& unpack) {
-  const Scratch<uint32_t> panels = packed_panels(x, out.m, units, flip);
+  const Scratch<uint32_t> panels = packed_panels(x, out.m, units, changed);
   const int64_t count = ceil_div(out.m, kLanes);
   const int64_t stride = units + kLanes;  // not a power of two: rows would share a cache's sets
   const int64_t fitting = kBatchBytes / (kHeight * stride * 4);
