@@ -51,8 +51,10 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         rotated = scheme.input_rotation is not None
         self.rotation = Rotation.of(self.in_features) if rotated else None
-        # The input goes to the kernel as it is; asking buffers takes a microsecond of each call.
-        self.plain_input = not rotated and scheme.activations is None and weight.input_order is None
+        # The input goes to the kernel as it is; asking a buffer takes a microsecond of each call.
+        self._plain_input = (
+            not rotated and scheme.activations is None and weight.input_order is None
+        )
         self.shared_input: SharedInput | None = None
         self.joint: JointProduct | None = None  # in compiled graphs
         self.releases = 0  # how often forms of the weight were forgotten
@@ -104,36 +106,40 @@ class QuantLinear(nn.Module):
     def run(self, x: Tensor, kernel: Kernel | None) -> Tensor:
         """The forward pass by a given kernel (None: the chosen one)."""
         rows = x.detach() if x.requires_grad else x
-        rows = rows if x.dim() == 2 else rows.reshape(-1, self.in_features)
+        flat = x.dim() == 2 and x.shape[1] == self.in_features
+        rows = rows if flat else rows.reshape(-1, self.in_features)
         if torch.compiler.is_compiling():
             y = self._product_in_graph(x, rows, kernel)
         else:
-            y = self._product(x, rows, kernel)
+            y = self._product(x, rows, *self._chosen(rows, kernel))
         if self.bias is not None:
             y = y.add_(self.bias)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+        return y if flat else y.view(*x.shape[:-1], self.out_features)
 
-    def _product(self, x: Tensor, rows: Tensor, kernel: Kernel | None) -> Tensor:
-        """``rows W^T`` in the dtype of x; what is looked up by the number of rows is kept."""
+    def _chosen(self, rows: Tensor, kernel: Kernel | None) -> tuple[Kernel, Any]:
+        """The kernel for so many rows, looked up once, or the given one; and its form of W."""
+        if kernel is not None:
+            return kernel, self.prepared(kernel, rows.dtype)
         key = rows.device.type, rows.dtype, rows.shape[0]
-        chosen = self._choice.get(key) if kernel is None else None
+        chosen = self._choice.get(key)
         if chosen is None:
-            found = kernel or self.kernel(rows)
-            chosen = found, self.prepared(found, rows.dtype)
-            if kernel is None:
-                self._choice[key] = chosen
-        return chosen[0].linear(self._activation(x, rows, chosen[0]), chosen[1], x.dtype)
+            found = self.kernel(rows)
+            chosen = self._choice[key] = found, self.prepared(found, rows.dtype)
+        return chosen
+
+    def _product(self, x: Tensor, rows: Tensor, kernel: Kernel, prepared: Any) -> Tensor:
+        """``rows W^T`` in the dtype of x."""
+        return kernel.linear(self._activation(x, rows, kernel), prepared, x.dtype)
 
     def _product_in_graph(self, x: Tensor, rows: Tensor, kernel: Kernel | None) -> Tensor:
         kernel = kernel or self.kernel(rows)
-        activation = self._activation(x, rows, kernel)
         if self.joint is not None and self.joint.serves(kernel, rows):
-            return self.joint.linear(activation)
-        return kernel.linear(activation, self.prepared(kernel, rows.dtype), x.dtype)
+            return self.joint.linear(self._activation(x, rows, kernel))
+        return self._product(x, rows, kernel, self.prepared(kernel, rows.dtype))
 
     def _activation(self, x: Tensor, rows: Tensor, kernel: Kernel) -> Activation:
         """x as the kernel wants it: float, or codes, which siblings may have made."""
-        if self.plain_input:
+        if self._plain_input:
             return Activation(rows)
         codes = None if kernel.integer else _float_codes(x.dtype)  # None: the format's own
         make = partial(self._new_activation, rows, codes)

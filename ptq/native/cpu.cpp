@@ -127,6 +127,7 @@ Tensor rotate_rows(Tensor x, Tensor left, Tensor right) {
 // ---- int8 activations, int8 weights ----
 
 struct Int8Rows {
+  static constexpr int kFewRows = 16;
   static constexpr int kMostRows = 4;  // that are multiplied together: more would not leave x in a cache
   static constexpr int columns(int rows) { return rows == 1 ? 1 : 4; }  // that are read together
   const Step* x;
@@ -162,7 +163,7 @@ Tensor linear_int8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor su
   const Output out{y.mutable_data_ptr(), dtype == ScalarType::BFloat16, m, n, data<float>(x_scale),
                    data<float>(w_scale), data<int32_t>(sums)};
   const int8_t* codes = data<int8_t>(w);
-  if (m <= 2 * kFewRows) {
+  if (m <= Int8Rows::kFewRows) {
     const auto rows = packed_steps(data<char>(x), m, k, rows_together(m, Int8Rows::kMostRows), shifted);
     by_rows(out, k, Int8Rows{rows.data(), codes, k, out});
   } else {
@@ -339,6 +340,7 @@ void unpack_row(const Weight<Scales>& weight, int64_t row, uint32_t* to) {
 
 template <class Codes, class Scales>
 struct FloatRows {
+  static constexpr int kFewRows = 8;
   static constexpr int kMostRows = 8;  // that are multiplied together
   static constexpr int columns(int rows) { return rows == 1 ? Codes::kOfOneRow : 2; }
   const Step* x;  // as Codes orders it
@@ -348,8 +350,8 @@ struct FloatRows {
   int64_t stride() const { return weight.k / 32 * Codes::kBytes; }
 
   // The products of a group, added to sums.
-  template <int Columns, int M, class Values>
-  void add(const std::array<Values, Columns>& values, const Step* of_x, const uint8_t* from,
+  template <int Columns, int M, class Unpacked>
+  void add(const std::array<Unpacked, Columns>& values, const Step* of_x, const uint8_t* from,
            __m512 (&sums)[M][Columns]) const {
     const int64_t ahead = fetched_ahead<Columns>(Columns * stride());
     for (int64_t i = 0; i < weight.group(); i += 32, of_x += M, from += Codes::kBytes) {
@@ -391,15 +393,14 @@ struct FloatRows {
 };
 
 template <class Codes, class Scales>
-void multiply_few_rows(const uint16_t* x, const Weight<Scales>& weight, const Output& out) {
-  using Rows = FloatRows<Codes, Scales>;
-  const int64_t together = rows_together(out.m, Rows::kMostRows);
-  const auto steps = packed_steps(x, out.m, weight.k * 2, together, Codes::ordered);
-  by_rows(out, weight.k, Rows{steps.data(), weight, out});
-}
-
-template <class Scaled, class Scales>
 void multiply_rows(const uint16_t* x, const Weight<Scales>& weight, const Output& out) {
+  using Rows = FloatRows<Codes, Scales>;
+  using Scaled = typename Codes::Scaled;
+  if (out.m <= Rows::kFewRows) {
+    const int64_t together = rows_together(out.m, Rows::kMostRows);
+    const auto steps = packed_steps(x, out.m, weight.k * 2, together, Codes::ordered);
+    return by_rows(out, weight.k, Rows{steps.data(), weight, out});
+  }
   const Source source{reinterpret_cast<const char*>(weight.codes), weight.k / 32 * Scaled::kBytes};
   product<BFloat16Sum>(reinterpret_cast<const uint32_t*>(x), weight.k / 2, Scaled::ordered, source, out,
                        [&](int64_t row, uint32_t* to) { unpack_row<Scaled>(weight, row, to); });
@@ -411,15 +412,12 @@ void multiply(const Tensor& activations, const Tensor& codes, Scales scales,
   const int64_t k = activations.size(1);
   const auto* x = data<uint16_t>(activations);
   const Weight<Scales> weight{data<uint8_t>(codes), scales, data<int8_t>(zero_point), k, groups};
-  const bool bytes = codes.size(1) == k;
-  if (out.m > kFewRows)
-    bytes ? multiply_rows<ScaledBytes>(x, weight, out) : multiply_rows<Nibbles>(x, weight, out);
-  else if (!bytes)
-    multiply_few_rows<Nibbles>(x, weight, out);
+  if (codes.size(1) != k)
+    multiply_rows<Nibbles>(x, weight, out);
   else if (zero_point)
-    multiply_few_rows<Bytes>(x, weight, out);
+    multiply_rows<Bytes>(x, weight, out);
   else
-    multiply_few_rows<PlainBytes>(x, weight, out);
+    multiply_rows<PlainBytes>(x, weight, out);
 }
 
 // x bfloat16 [M, K] and the scale of its rows [M, 1]; codes of 4 or 8 bits; their scales [N, groups] in
@@ -427,8 +425,9 @@ void multiply(const Tensor& activations, const Tensor& codes, Scales scales,
 Tensor linear_float(Tensor x, std::optional<Tensor> x_scale, Tensor codes, Tensor scale,
                     std::optional<Tensor> zero_point, ScalarType dtype) {
   const int64_t m = x.size(0), k = x.size(1), n = codes.size(0), groups = scale.size(1);
-  STD_TORCH_CHECK(k % 64 == 0 && (codes.size(1) == k || codes.size(1) * 2 == k) && x.is_contiguous() &&
-                      codes.is_contiguous() && scale.is_contiguous() && scale.size(0) == n,
+  STD_TORCH_CHECK(k % 64 == 0 && (codes.size(1) == k || codes.size(1) * 2 == k) && k % (32 * groups) == 0 &&
+                      x.is_contiguous() && codes.is_contiguous() && scale.is_contiguous() &&
+                      scale.size(0) == n,
                   "x [M, K], codes [N, K] or [N, K / 2] and scales must be contiguous, K a multiple of 64");
   Tensor y = torch::stable::new_empty(x, {m, n}, dtype);
   const bool half = scale.scalar_type() == ScalarType::Half;

@@ -2,16 +2,17 @@
 
 #pragma once
 
+#include <bit>
+
 #include "tiles.h"
 
 namespace ptq {
 
-constexpr int kFewRows = 8;
 constexpr int64_t kGrain = 1 << 16;  // weights that are worth a thread
 constexpr int64_t kStep = 64;        // bytes of a row that are multiplied at a time
 constexpr int64_t kBlock = 1 << 16;  // weights that stay in the second-level cache from rows to rows
 
-struct alignas(kStep) Step {
+struct alignas(kStep) Step {  // of a row of x
   __m512i bits;
 };
 

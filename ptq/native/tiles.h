@@ -10,7 +10,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <bit>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -171,7 +170,7 @@ struct Source {
 };
 
 // kHeight rows of W times `Panels` panels of x, and the sums on their way into y. Meanwhile `lines` cache
-// lines are fetched for 16 units each, from `next` on.
+// lines are fetched for every 16 units, from `next` on.
 template <class Arithmetic, int Panels>
 void tile(const uint32_t* x, const uint32_t* w, int64_t stride, int64_t units, int64_t row, int64_t column,
           const Output& out, const char* next, int64_t lines) {

@@ -41,19 +41,14 @@ from tests.kernels.test_conformance import (
 
 pytestmark = pytest.mark.usefixtures("kernels")
 LOADED = library.library_loaded  # before tests replace it
-ROWS = (
-    1,
-    2,
-    3,
-    5,
-    8,
-    9,
-    16,
-    17,
-    33,
-    70,
-)  # one row, few, one panel and two, an odd number of panels
+# One row, few (some of them padded), one panel and two, an odd number of panels.
+ROWS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 17, 33, 70)
 SHAPES = ((48, 128), (33, 256), (5, 64))
+GROUPED = (
+    {"group_size": 32},
+    {"group_size": 64, "symmetric": False},
+    {"format": "int4", "group_size": 32, "scale_dtype": "float32"},
+)
 
 
 @pytest.fixture
@@ -81,7 +76,7 @@ def test_equals_the_reference_where_it_claims_to(
     activations: dict | None,
     dtype: torch.dtype,
 ) -> None:
-    for weights in WEIGHTS:
+    for weights in (*WEIGHTS, *GROUPED):
         scheme = make_scheme(weights, activations)
         for n, k in SHAPES if scheme is not None else ():
             weight = make_weight(n, k, scheme)
@@ -90,6 +85,23 @@ def test_equals_the_reference_where_it_claims_to(
                 if kernel.supports(spec) is None:
                     for x in inputs(m, k, dtype):
                         check(kernel, spec, weight, x)
+
+
+@pytest.mark.parametrize(("n", "k", "rows"), [(37, 8192, (1, 3, 5, 9, 16)), (130, 128, (40,))])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16-g64-asym", "w4a8-g64"])
+def test_threads_and_blocks_of_columns(scheme: str, n: int, k: int, rows: tuple[int, ...]) -> None:
+    """A thread's part begins anywhere; W is taken a cache's worth at a time, or a batch."""
+    made = preset(scheme)
+    weight = make_weight(n, k, made)
+    assert weight is not None
+    served = 0
+    for kernel in (NativeInt8(), NativeInt4(), NativeFloat()):
+        for m in rows:
+            spec = LinearSpec.of(weight, made.activations, "cpu", torch.bfloat16, m)
+            if kernel.supports(spec) is None:
+                check(kernel, spec, weight, inputs(m, k, torch.bfloat16)[0])
+                served += 1
+    assert served >= len(rows)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
@@ -112,6 +124,16 @@ def spec_of(scheme: str, k: int = 128, dtype: torch.dtype = torch.bfloat16) -> L
     made = preset(scheme)
     weight = round_to_nearest(torch.randn(48, k), made.weights)
     return LinearSpec.of(weight, made.activations, "cpu", dtype, 1)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16", "w4a16-g32", "w4a8-g64"])
+@pytest.mark.parametrize("columns", [32, 64, 192, 256])
+@pytest.mark.parametrize("rows", [1, 9, 18])
+def test_rows_of_another_length_are_refused(scheme: str, columns: int, rows: int) -> None:
+    made = preset(scheme)
+    layer = QuantLinear(round_to_nearest(torch.randn(48, 128), made.weights), made)
+    with pytest.raises(RuntimeError, match="invalid for input"):
+        layer(torch.randn(rows, columns))
 
 
 def test_what_they_do_not_serve() -> None:
@@ -168,7 +190,7 @@ def test_activations_are_quantized_to_the_bits_of_torchs_ops(
     assert torch.equal(own.values[finite], torchs.values[finite])
 
 
-@pytest.mark.parametrize("m", [1, 20])
+@pytest.mark.parametrize("m", [1, 5, 20])
 def test_int8_is_exact_in_the_extreme(m: int) -> None:
     """x is shifted to 0 and 255 on the way: the sums of the shifted codes may wrap around."""
     k = 1 << 16
@@ -183,13 +205,34 @@ def test_int8_is_exact_in_the_extreme(m: int) -> None:
         assert (y == x * w * k).all()
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-g64"])
-def test_memory_may_begin_anywhere(scheme: str) -> None:
+@pytest.mark.parametrize("m", [9, 20])
+def test_int4_is_exact_in_the_extreme(m: int) -> None:
+    """One group of 2^16 columns, codes 15 from their zero point, x shifted to 0 and 255."""
+    k = 1 << 16
+    weights = Scheme.model_validate(
+        {"weights": {"format": "int4", "group_size": k, "symmetric": False}}
+    ).weights
+    for x, w, zero in ((-128, -8, 7), (127, -8, 7), (127, 7, -8), (-128, 7, -8)):
+        weight = QuantizedWeight.from_codes(
+            torch.full((3, k), w, dtype=torch.int8), torch.ones(3, 1),
+            torch.full((3, 1), zero, dtype=torch.int8), weights.number_format,
+            weights.granularity_value,
+        )  # fmt: skip
+        kernel = NativeInt4()
+        activation = Activation(torch.full((m, k), x, dtype=torch.int8), torch.ones(m, 1))
+        y = kernel.linear(activation, kernel.prepare(weight, torch.float32), torch.float32)
+        assert (y == x * (w - zero) * k).all()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel"),
+    [("w8a8", NativeInt8()), ("w4a16-g64", NativeFloat()), ("w4a8-g64", NativeInt4())],
+)
+def test_memory_may_begin_anywhere(scheme: str, kernel: Kernel) -> None:
     made = preset(scheme)
     weight = round_to_nearest(torch.randn(48, 128), made.weights)
     weight = replace(weight, packed=misaligned(weight.packed))
-    kernel = NativeInt8() if scheme == "w8a8" else NativeFloat()
-    for m in (1, 4, 17):
+    for m in (1, 4, 6, 17):
         spec = LinearSpec.of(weight, made.activations, "cpu", torch.bfloat16, m)
         check(kernel, spec, weight, misaligned(torch.randn(m, 128).bfloat16()))
 
@@ -207,7 +250,7 @@ def shares(tensor: torch.Tensor, weight: QuantizedWeight) -> bool:
     return tensor.data_ptr() in (weight.packed.data_ptr(), weight.scale.data_ptr())
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-g64", "w8a16"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-g64", "w8a16", "w4a8-g64"])
 def test_compiled_for_any_number_of_rows(scheme: str) -> None:
     made = preset(scheme)
     layer = QuantLinear(round_to_nearest(torch.randn(48, 128), made.weights), made)
@@ -277,6 +320,8 @@ def test_the_ops_do_what_their_schema_says() -> None:
          (codes, scale, form.codes, form.scale, form.sums, torch.bfloat16)),
         (torch.ops.ptq.linear_float.default,
          (x.bfloat16(), None, grouped.packed, grouped.scale, None, torch.float32)),
+        (torch.ops.ptq.linear_groups.default,
+         (codes, scale, grouped.packed, grouped.scale, None, torch.bfloat16)),
     ):  # fmt: skip
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -73,6 +73,7 @@ def test_deep_copy_and_pickle_are_equal_and_independent() -> None:
     x = torch.randn(3, 64)
     expected = layer(x)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert not twin._choice  # which kernel, and its form of the weight: this layer's
         assert torch.equal(twin(x), expected)
         twin.codes.zero_()
         assert torch.equal(layer(x), expected)
