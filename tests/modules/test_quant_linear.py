@@ -9,6 +9,7 @@ from torch import nn
 
 from ptq.algorithms import round_to_nearest
 from ptq.config import preset
+from ptq.kernels import Reference
 from ptq.modules import QuantLinear
 
 
@@ -95,6 +96,16 @@ def test_loading_a_state_dict_replaces_what_the_kernels_prepared() -> None:
     other.bias.data.zero_()
     layer.load_state_dict(other.state_dict())
     assert torch.equal(layer(x), other(x))
+
+
+def test_a_measured_choice_replaces_the_kept_one() -> None:
+    layer = make()
+    x = torch.randn(2, 64)
+    layer(x)
+    exact = nn.functional.linear(x, layer.weight, layer.bias)
+    layer.tune("cpu", torch.float32, ((1, Reference()),))
+    torch.testing.assert_close(layer(x), exact, rtol=1e-6, atol=1e-5)
+    assert layer._choice["cpu", torch.float32, 2][0] == Reference()
 
 
 def test_on_meta_has_the_shapes_and_dtypes_of_the_real_one() -> None:
