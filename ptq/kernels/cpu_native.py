@@ -14,9 +14,7 @@ from ptq.native import native_reason
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _COLUMNS = 64  # K is a multiple of it
-_LONGEST = (
-    1 << 19
-)  # columns of x shifted to at most 255 and int4 codes, which are at most 15 from zero
+_LONGEST = 1 << 19  # columns: x is shifted to at most 255, int4 codes are at most 15 from zero
 _ROWS_OF_INT4 = 9  # the first number of rows that are multiplied in tiles
 
 

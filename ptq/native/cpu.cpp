@@ -130,16 +130,14 @@ struct Int8Rows {
   static constexpr int kFewRows = 16;
   static constexpr int kMostRows = 4;  // that are multiplied together: more would not leave x in a cache
   static constexpr int columns(int rows) { return rows == 1 ? 1 : 4; }  // that are read together
-  const Step* x;
   const int8_t* w;
   int64_t k;
   const Output& out;
 
   template <int Columns, int M>
-  void run(int64_t column, int64_t row) const {
+  void run(const Step* of_x, int64_t column, int64_t row) const {
     const int8_t* codes = w + column * k;
     const int64_t ahead = fetched_ahead<Columns>(Columns * k);
-    const Step* of_x = x + row * k / kStep;
     __m512i sums[M][Columns] = {};
     for (int64_t i = 0; i < k; i += kStep, of_x += M) {
       __m512i of_w[Columns];
@@ -164,8 +162,7 @@ Tensor linear_int8(Tensor x, Tensor x_scale, Tensor w, Tensor w_scale, Tensor su
                    data<float>(w_scale), data<int32_t>(sums)};
   const int8_t* codes = data<int8_t>(w);
   if (m <= Int8Rows::kFewRows) {
-    const auto rows = packed_steps(data<char>(x), m, k, rows_together(m, Int8Rows::kMostRows), shifted);
-    by_rows(out, k, Int8Rows{rows.data(), codes, k, out});
+    by_rows(data<char>(x), k, shifted, k, out, Int8Rows{codes, k, out});
   } else {
     const Source source{data<char>(w), k};
     product<Int8Sum>(data<uint32_t>(x), k / 4, shifted, source, out, [&](int64_t row, uint32_t* to) {
@@ -221,8 +218,8 @@ constexpr std::array<uint16_t, 32> places(const Place& place) {
   return found;
 }
 
-constexpr auto kTurns = places([](int i) { return i % 8 * 4 + i / 8; });
-constexpr auto kUpper = places([](int i) { return 2 * i + 1; });
+constexpr auto kTurns = places([](int i) { return i % 8 * 4 + i / 8; });  // 0, 4, .. 28, 1, 5, .. 31
+constexpr auto kUpper = places([](int i) { return 2 * i + 1; });  // of 32 bits the upper 16
 
 constexpr auto kAsItIs = [](__m512i x) { return x; };
 
@@ -331,10 +328,8 @@ void unpack_row(const Weight<Scales>& weight, int64_t row, uint32_t* to) {
   for (int64_t g = 0; g < weight.groups; ++g) {
     const int64_t i = weight.index(row, g);
     const Codes codes(weight.zero(i), weight.scales[i]);
-    for (int64_t k = 0; k < weight.group(); k += 32, to += 16, from += Codes::kBytes) {
-      _mm_prefetch(from + kAhead, _MM_HINT_T0);
+    for (int64_t k = 0; k < weight.group(); k += 32, to += 16, from += Codes::kBytes)
       _mm512_storeu_si512(to, codes(from));
-    }
   }
 }
 
@@ -343,7 +338,6 @@ struct FloatRows {
   static constexpr int kFewRows = 8;
   static constexpr int kMostRows = 8;  // that are multiplied together
   static constexpr int columns(int rows) { return rows == 1 ? Codes::kOfOneRow : 2; }
-  const Step* x;  // as Codes orders it
   const Weight<Scales>& weight;
   const Output& out;
 
@@ -366,8 +360,7 @@ struct FloatRows {
   }
 
   template <int Columns, int M>
-  void run(int64_t column, int64_t row) const {
-    const Step* of_x = x + row * weight.k / 32;
+  void run(const Step* of_x, int64_t column, int64_t row) const {
     const uint8_t* from = weight.codes + column * stride();
     const int64_t steps = weight.group() / 32;
     __m512 sums[M][Columns] = {};
@@ -396,11 +389,8 @@ template <class Codes, class Scales>
 void multiply_rows(const uint16_t* x, const Weight<Scales>& weight, const Output& out) {
   using Rows = FloatRows<Codes, Scales>;
   using Scaled = typename Codes::Scaled;
-  if (out.m <= Rows::kFewRows) {
-    const int64_t together = rows_together(out.m, Rows::kMostRows);
-    const auto steps = packed_steps(x, out.m, weight.k * 2, together, Codes::ordered);
-    return by_rows(out, weight.k, Rows{steps.data(), weight, out});
-  }
+  if (out.m <= Rows::kFewRows)
+    return by_rows(x, 2 * weight.k, Codes::ordered, weight.k, out, Rows{weight, out});
   const Source source{reinterpret_cast<const char*>(weight.codes), weight.k / 32 * Scaled::kBytes};
   product<BFloat16Sum>(reinterpret_cast<const uint32_t*>(x), weight.k / 2, Scaled::ordered, source, out,
                        [&](int64_t row, uint32_t* to) { unpack_row<Scaled>(weight, row, to); });
@@ -428,7 +418,8 @@ Tensor linear_float(Tensor x, std::optional<Tensor> x_scale, Tensor codes, Tenso
   STD_TORCH_CHECK(k % 64 == 0 && (codes.size(1) == k || codes.size(1) * 2 == k) && k % (32 * groups) == 0 &&
                       x.is_contiguous() && codes.is_contiguous() && scale.is_contiguous() &&
                       scale.size(0) == n,
-                  "x [M, K], codes [N, K] or [N, K / 2] and scales must be contiguous, K a multiple of 64");
+                  "x [M, K], codes [N, K] or [N, K / 2] and scales must be contiguous, K a multiple of 64, "
+                  "groups of 32");
   Tensor y = torch::stable::new_empty(x, {m, n}, dtype);
   const bool half = scale.scalar_type() == ScalarType::Half;
   const float* of_rows = groups == 1 && !half ? data<float>(scale) : nullptr;

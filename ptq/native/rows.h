@@ -8,6 +8,7 @@
 
 namespace ptq {
 
+constexpr int64_t kAhead = 4096;      // bytes that W is fetched before it is read
 constexpr int64_t kGrain = 1 << 16;  // weights that are worth a thread
 constexpr int64_t kStep = 64;        // bytes of a row that are multiplied at a time
 constexpr int64_t kBlock = 1 << 16;  // weights that stay in the second-level cache from rows to rows
@@ -50,31 +51,37 @@ void fetch(const void* from) {
   _mm_prefetch(from, Columns == 1 ? _MM_HINT_T0 : _MM_HINT_T1);
 }
 
-// All of y, some columns at a time, which share what is read of x: `body.run<Columns, M>(column, row)`.
+// All of y, some columns at a time, which share what is read of x, `steps` for each row:
+// `body.run<Columns, M>(x from row on, column, row)`.
 template <int Columns, int M, class Body>
-void by_columns(const Output& out, int64_t k, const Body& body) {
+void by_columns(const Step* x, int64_t steps, int64_t k, const Output& out, const Body& body) {
   const int64_t block = out.m <= M ? out.n : std::max<int64_t>(Columns, kBlock / k / Columns * Columns);
   const int64_t grain = std::max<int64_t>(1, kGrain / k);
   torch::stable::parallel_for(0, out.n, grain, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += block) {
       const int64_t last = std::min(first + block, end);
       for (int64_t row = 0; row < out.m; row += M) {
+        const Step* from = x + row * steps;
         int64_t column = first;
-        for (; column + Columns <= last; column += Columns) body.template run<Columns, M>(column, row);
-        for (; column < last; ++column) body.template run<1, M>(column, row);
+        for (; column + Columns <= last; column += Columns) body.template run<Columns, M>(from, column, row);
+        for (; column < last; ++column) body.template run<1, M>(from, column, row);
       }
     }
   });
 }
 
-// The same for a number of rows that is known when it runs.
-template <class Body>
-void by_rows(const Output& out, int64_t k, const Body& body) {
-  switch (rows_together(out.m, Body::kMostRows)) {
-    case 1: return by_columns<Body::columns(1), 1>(out, k, body);
-    case 2: return by_columns<Body::columns(2), 2>(out, k, body);
-    case 4: return by_columns<Body::columns(4), 4>(out, k, body);
-    default: return by_columns<Body::columns(8), Body::kMostRows>(out, k, body);
+// y = x W^T by `body`, for a few rows of x of `bytes` each, which are `changed`.
+template <class Body, class Change>
+void by_rows(const void* x, int64_t bytes, const Change& changed, int64_t k, const Output& out,
+             const Body& body) {
+  const int64_t together = rows_together(out.m, Body::kMostRows), steps = bytes / kStep;
+  const Scratch<Step> packed = packed_steps(x, out.m, bytes, together, changed);
+  const Step* from = packed.data();
+  switch (together) {
+    case 1: return by_columns<Body::columns(1), 1>(from, steps, k, out, body);
+    case 2: return by_columns<Body::columns(2), 2>(from, steps, k, out, body);
+    case 4: return by_columns<Body::columns(4), 4>(from, steps, k, out, body);
+    default: return by_columns<Body::columns(8), Body::kMostRows>(from, steps, k, out, body);
   }
 }
 
@@ -111,8 +118,7 @@ void store_rows(const typename Arithmetic::Sum sums[M][Columns], int64_t column,
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i of_column = _mm512_and_si512(lanes, _mm512_set1_epi32(Columns - 1));
   const __m512i of_row = _mm512_srli_epi32(lanes, std::countr_zero(unsigned{Columns}));
-  __m512i correction = _mm512_setzero_si512();
-  if (out.correction) correction = _mm512_maskz_loadu_epi32(columns, out.correction + column);
+  const __m512i correction = out.corrections(column, columns);
   const __m512i all = sums_of_lanes<Arithmetic, M * Columns>(&sums[0][0]);
   __m512 value = Arithmetic::value(all, _mm512_permutexvar_epi32(of_column, correction));
   if (out.column_scale) {

@@ -21,7 +21,6 @@ namespace ptq {
 
 constexpr int kLanes = 16;   // rows of x in a panel
 constexpr int kHeight = 12;  // rows of W in a tile
-constexpr int kAhead = 4096;     // bytes that W is fetched before it is read
 constexpr int64_t kBatchBytes = 384 * 1024;  // of unpacked rows of W: they stay in the second-level cache
 
 // Values that are not set to zero first, from a cache line's start on.
@@ -119,6 +118,10 @@ struct Output {
   __m512 columns(int64_t column, __mmask16 mask) const {
     return column_scale ? _mm512_maskz_loadu_ps(mask, column_scale + column) : _mm512_setzero_ps();
   }
+
+  __m512i corrections(int64_t column, __mmask16 mask) const {
+    return correction ? _mm512_maskz_loadu_epi32(mask, correction + column) : _mm512_setzero_si512();
+  }
 };
 
 struct BFloat16Sum {
@@ -154,8 +157,7 @@ template <class Arithmetic>
 void store_panel(__m512i values[16], int64_t height, int64_t row, int64_t column, const Output& out) {
   const __mmask16 mask = (1u << std::min(height, out.n - column)) - 1;
   const __m512 columns = out.columns(column, mask);
-  const __m512i correction =
-      out.correction ? _mm512_maskz_loadu_epi32(mask, out.correction + column) : _mm512_setzero_si512();
+  const __m512i correction = out.corrections(column, mask);
   transpose(values);
   for (int i = 0; i < kLanes && row + i < out.m; ++i)
     out.store(row + i, column, mask, out.scaled(Arithmetic::value(values[i], correction), row + i, columns));
